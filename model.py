@@ -1,0 +1,251 @@
+"""GPT-2 as one nn.Module: the network, its optimizers, its weights in and out, its generation.
+
+    model = GPT(GPTConfig())                 # GPT-2 124M with fresh weights
+    logits, _ = model(idx)                   # idx (B, T) token ids -> (B, T, vocab_size)
+    _, loss = model(idx, targets)            # mean cross-entropy in nats, made without the logits
+    idx = model.generate(idx, 100)           # (B, T + 100)
+
+The architecture is that of "Language Models are Unsupervised Multitask Learners" (Radford et al.,
+2019): pre-norm transformer blocks, learned positions, the embedding tied to the output head.
+Parameter names are those of OpenAI's and Hugging Face's GPT-2 checkpoints: they are an interface.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT; the defaults are GPT-2's own smallest model, 124M parameters."""
+    block_size: int = 1024  # positions: the longest context, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in every Linear and LayerNorm; GPT-2 has them, training does well without
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
+                             f'try n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: expected 0 <= dropout < 1')
+
+
+# ----------------------------------------------------------------------------------------------
+# the network, leaf to trunk
+
+class LayerNorm(nn.Module):
+    """nn.LayerNorm with an optional bias (torch < 2.1 cannot leave it out)."""
+
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+def attention(q, k, v, causal, dropout):
+    """softmax(q k^T / sqrt(hs)) v on (B, nh, T, hs); causal: position t sees only 0..t."""
+    if hasattr(F, 'scaled_dot_product_attention'):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+    att = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # torch < 2.0 has no SDPA
+    if causal:
+        future = torch.ones(att.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        att = att.masked_fill(future, float('-inf'))
+    return F.dropout(att.softmax(-1), dropout, training=dropout > 0).to(v.dtype) @ v
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, past=None):
+        """x (B, T, C). past: (keys, values, n), buffers (B, nh, block_size, hs) whose first n
+        positions are filled; this call writes positions n..n+T. T > 1 needs n = 0."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs), the layout SDPA wants
+        if past is not None:
+            keys, values, n = past
+            keys[:, :, n:n + T], values[:, :, n:n + T] = k, v
+            k, v = keys[:, :, :n + T], values[:, :, :n + T]
+        y = attention(q, k, v, causal=T > 1, dropout=self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(config.vocab_size, config.n_embd),
+            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            'drop': nn.Dropout(config.dropout),
+            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            'ln_f': LayerNorm(config.n_embd, config.bias),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # Two branches a layer add up in the residual stream: GPT-2, section 2.3.
+                residual = name.endswith('c_proj.weight')
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) -> (logits (B, T, vocab_size), None), or (None, loss) with targets:
+        the loss in nats never needs all logits at once, and they are the largest tensor by far."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def hidden(self, idx, cache=None, n=0):
+        """The last layer's output (B, T, C), normed. cache: see `new_cache`, n its filled length."""
+        B, T = idx.shape
+        assert n + T <= self.config.block_size, f'{n + T} tokens > {self.config.block_size=}'
+        positions = torch.arange(n, n + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else (*cache[i], n))
+        return self.transformer.ln_f(x)
+
+    # ------------------------------------------------------------------------------------------
+    # training
+
+    def num_params(self, positions=True):
+        """Parameters, the tied embedding once; positions=False leaves out wpe, which no matmul
+        uses."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if positions else n - self.transformer.wpe.weight.numel()
+
+    def train_flops_per_token(self):
+        """FLOPs, forward plus backward, that one token of training costs: 6 N + 12 L d T.
+
+        N counts the weights used in matmuls: wpe is a lookup and stays out, wte is the head's
+        weight too and stays in. Source: PaLM, arXiv:2204.02311, appendix B.
+        """
+        c = self.config
+        return 6 * self.num_params(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def configure_optimizers(self, optimizer, learning_rate, muon_learning_rate, betas,
+                             weight_decay, device_type):
+        """A list: [AdamW] or, for optimizer='muon', [Muon, AdamW].
+
+        AdamW decays matrices and embeddings, not biases and norms. Muon (Jordan et al., 2024)
+        takes the matrices inside the blocks; AdamW keeps the embeddings and all vectors.
+        """
+        params = dict(self.named_parameters())
+        muon = {}
+        if optimizer == 'muon':
+            if not hasattr(torch.optim, 'Muon'):
+                raise ValueError(f'optimizer=muon: torch {torch.__version__} has no Muon '
+                                 '(torch >= 2.9 has): install it or type --optimizer=adamw')
+            muon = {n: p for n, p in params.items() if p.dim() == 2 and n.startswith('transformer.h')}
+        elif optimizer != 'adamw':
+            raise ValueError(f"optimizer={optimizer}: expected 'adamw' or 'muon'")
+        rest = [p for n, p in params.items() if n not in muon]
+        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
+        # One kernel for all parameters; torch < 2.4 has it only for CUDA, and torch 1.13's is new.
+        version = tuple(int(x) for x in torch.__version__.split('.')[:2])
+        fused = version >= (2, 4) or version >= (2, 0) and device_type == 'cuda'
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        if not muon:
+            return [adamw]
+        return [torch.optim.Muon(list(muon.values()), lr=muon_learning_rate, momentum=0.95,
+                                 weight_decay=weight_decay), adamw]
+
+    # ------------------------------------------------------------------------------------------
+    # generation
+
+    def new_cache(self, B):
+        """Room for the keys and values of block_size positions, for each layer."""
+        c, weight = self.config, self.lm_head.weight
+        shape = (c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+        """Yield max_new_tokens times the next token (B, 1) of the sequences idx (B, T).
+
+        temperature 0 takes the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
+        above vocab_size (a padded vocabulary) are never drawn. Within block_size, keys and values
+        are kept; past it the window slides, every position changes and all is computed anew.
+        """
+        window, cache, n = idx[:, -self.config.block_size:], self.new_cache(idx.size(0)), 0
+        for _ in range(max_new_tokens):
+            x = self.hidden(window[:, n:], cache, n)[:, -1]
+            token = pick(self.lm_head(x).float()[:, :vocab_size], temperature, top_k, top_p)
+            yield token
+            n = window.size(1)
+            window = torch.cat((window, token), 1)
+            if n == self.config.block_size:
+                window, n = window[:, 1:], 0
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 vocab_size=None):
+        """idx (B, T) continued to (B, T + max_new_tokens); see `stream` for the options."""
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
+        return torch.cat((idx, *new), 1)
+
+
+def next_token_loss(x, weight, targets):
+    """Mean cross-entropy in nats of softmax(x weight^T) against targets: x (N, C), targets (N)."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None):
+    """One token id (B, 1) drawn from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        tail = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first always stays
+        probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
+    return torch.multinomial(probs, 1)

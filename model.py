@@ -10,11 +10,15 @@ The architecture is that of "Language Models are Unsupervised Multitask Learners
 Parameter names are those of OpenAI's and Hugging Face's GPT-2 checkpoints: they are an interface.
 """
 import math
+import os
+import pickle
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, no weights
 
 
 @dataclass
@@ -197,6 +201,21 @@ class GPT(nn.Module):
                                  weight_decay=weight_decay), adamw]
 
     # ------------------------------------------------------------------------------------------
+    # weights in and out
+
+    @classmethod
+    def from_checkpoint(cls, ckpt):
+        """The GPT whose shape and weights are in ckpt, which `load_checkpoint` returned."""
+        unknown = sorted(ckpt['model_args'].keys() - GPTConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(f'checkpoint: model_args has {", ".join(unknown)}: expected only '
+                             f'{", ".join(GPTConfig.__dataclass_fields__)}')
+        model = cls(GPTConfig(**ckpt['model_args']))
+        require_same_shapes('checkpoint', ckpt['model'], model.state_dict())
+        model.load_state_dict(ckpt['model'])
+        return model
+
+    # ------------------------------------------------------------------------------------------
     # generation
 
     def new_cache(self, B):
@@ -228,6 +247,53 @@ class GPT(nn.Module):
         """idx (B, T) continued to (B, T + max_new_tokens); see `stream` for the options."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
         return torch.cat((idx, *new), 1)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
+
+    def find_class(self, module, name):
+        if f'{module}.{name}' not in ('collections.OrderedDict', 'torch._utils._rebuild_tensor_v2'):
+            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+        return super().find_class(module, name)
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such file: expected a checkpoint that train.py wrote')
+    if torch.__version__ < '2':  # it also ignores torch.load's pickle_module
+        torch.serialization._weights_only_unpickler = PlainUnpickler
+        PlainUnpickler.Unpickler = PlainUnpickler
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a damaged file can raise anything from torch.load
+        what = ('holds more than tensors and plain types, which could run code'
+                if 'GLOBAL' in str(error) else f'damaged or no checkpoint ({type(error).__name__})')
+        raise ValueError(f'{path}: {what}: expected a file that train.py wrote') from error
+    for key in ('model', 'model_args'):
+        if not isinstance(ckpt, dict) or not isinstance(ckpt.get(key), dict):
+            raise ValueError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
+    # nanoGPT saved compiled and wrapped modules, and with torch < 2.0 the causal masks.
+    ckpt['model'] = {name.replace('_orig_mod.', '').replace('module.', ''): tensor
+                     for name, tensor in ckpt['model'].items() if not name.endswith(MASKS)}
+    if 'best_val_loss' in ckpt:
+        ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor
+    return ckpt
+
+
+def require_same_shapes(source, found, expected):
+    """Refuse tensors `found` (by name) that are not, in name and shape, those `expected`."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    for what, names in (('lacks', missing), ('has the unexpected', extra)):
+        if names:
+            raise ValueError(f'{source}: {what} {", ".join(names[:3])}'
+                             f'{f" and {len(names) - 3} more" if len(names) > 3 else ""}: '
+                             'expected the tensors of a GPT-2 of the shape it names')
+    for name, tensor in expected.items():
+        if tuple(found[name].shape) != tuple(tensor.shape):
+            raise ValueError(f'{source}: {name} is {tuple(found[name].shape)}: expected '
+                             f'{tuple(tensor.shape)} by the shape it names')
 
 
 def next_token_loss(x, weight, targets):

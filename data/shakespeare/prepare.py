@@ -1,0 +1,19 @@
+"""Shakespeare's works in GPT-2's tokens, for fine-tuning: python data/shakespeare/prepare.py
+
+The same text as data/shakespeare_char; to train on one of your own, put it beside this file as
+input.txt (UTF-8).
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator
+from data import corpus, tokens
+
+HERE = Path(__file__).resolve().parent
+
+configurator.override({}, sys.argv[1:], __file__)  # no options but --help
+with corpus.preparing(HERE):
+    text, source = corpus.one_text(HERE)
+    encode = tokens.gpt2_encoding().encode_ordinary
+    corpus.write_text(HERE, tokens.GPT2 | {'source': source}, text, encode)

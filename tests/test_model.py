@@ -1,0 +1,430 @@
+"""model.py against transformers' GPT-2, against its own definition, and against bad checkpoints."""
+import ast
+import collections
+import io
+import math
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_py
+from model import GPT, GPTConfig, PlainUnpickler, load_checkpoint, pick
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+transformers = pytest.importorskip('transformers')
+
+TINY = {'block_size': 12, 'vocab_size': 61, 'n_layer': 3, 'n_head': 3, 'n_embd': 24}
+GPT2 = {'n_layer': 2}  # the other sizes are GPT-2's own, the defaults
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+def random_gpt(std=0.1, **config):
+    """A GPT whose biases and norms are random too, so that none can be forgotten unnoticed."""
+    gpt = GPT(GPTConfig(**config)).eval()
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            p.normal_(1.0 if '.ln_' in name and name.endswith('weight') else 0.0, std)
+    return gpt
+
+
+def hf_name(name):
+    return name, any(layer in name for layer in ('c_attn.w', 'c_proj.w', 'c_fc.w'))
+
+
+def transformers_twin(gpt):
+    """transformers' GPT-2 with the same weights, and with zeros for biases that gpt lacks."""
+    c = gpt.config
+    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+        bos_token_id=None, eos_token_id=None)).eval()
+    ours = dict(gpt.named_parameters())
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            name, transposed = hf_name(name)
+            if name in ours:
+                p.copy_(ours[name].t() if transposed else ours[name])
+            else:
+                assert name.endswith('bias') and not c.bias
+                p.zero_()
+    return twin
+
+
+def assert_close(a, b, what, rtol=1e-4):
+    """Equal to rtol of the largest value: single zeros among large numbers say nothing."""
+    error, size = (a - b).abs().max().item(), b.abs().max().item()
+    assert error <= rtol * size, f'{what}: {error} of {size}'
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', [TINY, GPT2], ids=['tiny', 'gpt2'])
+def test_logits_loss_and_every_gradient_equal_transformers(shape, bias):
+    gpt = random_gpt(std=0.1 if shape is TINY else 0.03, bias=bias, **shape)
+    twin = transformers_twin(gpt)
+    T, V = min(gpt.config.block_size, 32), gpt.config.vocab_size
+    idx, targets = torch.randint(V, (2, T)), torch.randint(V, (2, T))
+
+    logits, no_loss = gpt(idx)
+    twin_logits = twin(idx).logits
+    assert no_loss is None
+    assert_close(logits, twin_logits, 'logits')
+    _, loss = gpt(idx, targets)
+    twin_loss = F.cross_entropy(twin_logits.flatten(0, 1), targets.flatten())
+    assert_close(loss, twin_loss, 'loss')
+
+    loss.backward()
+    twin_loss.backward()
+    twin_grads = {name: p.grad for name, p in twin.named_parameters()}
+    n = 0
+    for name, p in gpt.named_parameters():
+        grad = twin_grads[name].t() if hf_name(name)[1] else twin_grads[name]
+        assert_close(p.grad, grad, name)
+        n += 1
+    assert n == 2 + gpt.config.n_layer * (12 if bias else 6) + (2 if bias else 1)
+
+
+@pytest.mark.skipif(not hasattr(F, 'scaled_dot_product_attention'), reason='torch has no SDPA')
+def test_attention_is_the_same_where_torch_has_none(monkeypatch):
+    gpt = random_gpt(**TINY)
+    idx = torch.randint(61, (2, 12))
+    fused, greedy = gpt(idx)[0], gpt.generate(idx[:, :3], 15, temperature=0)
+    monkeypatch.delattr(F, 'scaled_dot_product_attention')
+    assert_close(gpt(idx)[0], fused, 'logits', 1e-5)
+    assert torch.equal(gpt.generate(idx[:, :3], 15, temperature=0), greedy)
+
+
+def test_a_token_never_sees_the_future():
+    gpt = random_gpt(**TINY)
+    idx = torch.randint(61, (1, 12))
+    before = gpt(idx)[0]
+    for t in range(12):
+        changed = idx.clone()
+        changed[0, t] = (idx[0, t] + 1) % 61
+        after = gpt(changed)[0]
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-4  # all later ones do see
+
+
+@pytest.mark.parametrize(('config', 'n_params'), [
+    ({}, 124_439_808),
+    ({'n_layer': 24, 'n_head': 16, 'n_embd': 1024}, 354_823_168),
+    ({'n_layer': 36, 'n_head': 20, 'n_embd': 1280}, 774_030_080),
+    ({'n_layer': 48, 'n_head': 25, 'n_embd': 1600}, 1_557_611_200),
+    ({'bias': False, 'vocab_size': 50304}, 123_587_328 + 786_432),
+], ids=['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'training'])
+def test_parameter_counts_are_those_published(config, n_params):
+    with torch.device('meta'):
+        gpt = GPT(GPTConfig(**config))
+    assert gpt.num_params() == n_params
+    assert gpt.num_params(positions=False) == n_params - 1024 * gpt.config.n_embd
+
+
+def test_flops_follow_the_formula_and_pytorchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device('meta'):
+        gpt2 = GPT(GPTConfig(vocab_size=50304, bias=False))
+    assert gpt2.train_flops_per_token() == 6 * 123_587_328 + 12 * 12 * 768 * 1024 == 854_770_176
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=200, n_layer=2, n_head=2, n_embd=32))
+    counter = FlopCounterMode(display=False)
+    idx = torch.randint(200, (2, 64))
+    # The plain attention: the counter does not know the CPU's fused one.
+    with counter, pytest.MonkeyPatch.context() as patch:
+        patch.delattr(F, 'scaled_dot_product_attention')
+        gpt(idx, idx)[1].backward()
+    # The formula also counts what norms and biases cost, as 2 multiplications a weight.
+    assert counter.get_total_flops() / 128 == pytest.approx(gpt.train_flops_per_token(), rel=0.03)
+
+
+def test_fresh_weights_have_gpt2s_spread():
+    gpt = GPT(GPTConfig(block_size=256, vocab_size=500, n_layer=8, n_head=2, n_embd=128))
+    for name, p in gpt.named_parameters():
+        if name.endswith('bias'):
+            assert p.eq(0).all(), name
+        elif '.ln_' in name:
+            assert p.eq(1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith('c_proj.weight') else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(p.mean().item()) < 0.05 * std, name
+    idx = torch.randint(500, (4, 64))
+    assert gpt(idx, idx.flip(1))[1].item() == pytest.approx(math.log(500), rel=0.02)
+
+
+def test_the_head_is_the_embedding():
+    gpt = GPT(GPTConfig(**TINY))
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    assert 'lm_head.weight' in gpt.state_dict() and 'transformer.wte.weight' in gpt.state_dict()
+
+
+def test_dropout_acts_in_training_only():
+    gpt = random_gpt(dropout=0.5, **TINY)
+    plain = random_gpt(**TINY)
+    plain.load_state_dict(gpt.state_dict())
+    idx = torch.randint(61, (2, 12))
+    assert torch.equal(gpt(idx)[0], plain(idx)[0])
+    gpt.train()
+    assert not torch.allclose(gpt(idx)[0], gpt(idx)[0])
+
+
+@pytest.mark.parametrize(('config', 'message'), [
+    ({'n_embd': 10, 'n_head': 4}, 'n_embd=10 .*n_head=4.*n_embd=12'),
+    ({'n_layer': 0}, 'n_layer=0'),
+    ({'dropout': 1.0}, 'dropout=1.0'),
+])
+def test_an_impossible_shape_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**config)
+
+
+# ----------------------------------------------------------------------------------------------
+# generation
+
+def recomputed(gpt, idx, n):
+    """Greedy continuation without a cache, and the logits that each token was taken from."""
+    all_logits = []
+    for _ in range(n):
+        logits = gpt(idx[:, -gpt.config.block_size:])[0][:, -1]
+        all_logits.append(logits)
+        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), 1)
+    return idx, torch.stack(all_logits)
+
+
+@pytest.mark.parametrize('B', [1, 3])
+def test_cached_sampling_equals_recomputation(B):
+    gpt = random_gpt(std=0.4, **TINY)
+    heard = []
+    gpt.lm_head.register_forward_hook(
+        lambda module, x, logits: heard.append(logits.view(B, -1, 61)[:, -1]))
+    different = set()
+    with torch.no_grad():
+        for T in [*range(1, 13), 20]:
+            idx = torch.randint(61, (B, T))
+            heard.clear()
+            tokens = gpt.generate(idx, 17, temperature=0)
+            logits = torch.stack(heard)
+            expected, expected_logits = recomputed(gpt, idx, 17)
+            assert torch.equal(tokens, expected), T
+            assert logits.shape == expected_logits.shape
+            assert (logits - expected_logits).abs().max() < 1e-4, T
+            assert expected_logits.std() > 1  # else 1e-4 would be no test
+            different |= set(tokens[:, T:].flatten().tolist())
+    assert len(different) > 10  # not one token for ever
+
+
+def test_stream_yields_what_generate_returns():
+    gpt = random_gpt(**TINY)
+    idx = torch.randint(61, (2, 4))
+    torch.manual_seed(1)
+    together = gpt.generate(idx, 20, top_k=20)
+    torch.manual_seed(1)
+    one_by_one = torch.cat((idx, *gpt.stream(idx, 20, top_k=20)), 1)
+    assert torch.equal(together, one_by_one) and together.shape == (2, 24)
+    assert torch.equal(gpt.generate(idx, 0), idx)
+
+
+def drawn(logits, n=4000, **options):
+    """Relative frequencies of ids in n draws."""
+    ids = pick(torch.tensor(logits).expand(n, -1), **options).flatten()
+    return torch.bincount(ids, minlength=len(logits)).double() / n
+
+
+LOGITS = [2.0, -1.0, 1.5, 0.0, 1.0, -3.0]
+PROBS = [math.exp(x) for x in LOGITS]  # by rank: ids 0 2 4 3 1 5; 0.44 0.27 0.16 0.06 0.02 0.003
+
+
+def test_draws_follow_the_softmax_at_any_temperature():
+    for temperature in (0.5, 1.0, 2.0):
+        expected = torch.tensor(LOGITS).div(temperature).softmax(-1).double()
+        assert (drawn(LOGITS, 20000, temperature=temperature) - expected).abs().max() < 0.015
+    assert drawn(LOGITS, temperature=0.0)[0] == 1
+
+
+def test_top_k_keeps_the_k_likeliest():
+    freq = drawn(LOGITS, 20000, top_k=3)
+    assert set(freq.nonzero().flatten().tolist()) == {0, 2, 4}
+    total = PROBS[0] + PROBS[2] + PROBS[4]
+    assert freq[2].item() == pytest.approx(PROBS[2] / total, abs=0.015)  # renormalised, not uniform
+    assert drawn(LOGITS, top_k=1)[0] == 1
+    assert (drawn(LOGITS, 20000, top_k=100) > 0).all()  # more than there are: no cut
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    share = [PROBS[i] / sum(PROBS) for i in (0, 2, 4)]
+    for p, kept in ((share[0] - 0.01, {0}), (share[0] + 0.01, {0, 2}),
+                    (share[0] + share[1] + 0.01, {0, 2, 4}), (1e-9, {0})):
+        assert set(drawn(LOGITS, top_p=p).nonzero().flatten().tolist()) == kept, p
+    assert (drawn(LOGITS, 20000, top_p=1.0) > 0).all()
+    rows = torch.tensor([LOGITS, LOGITS[::-1]])  # each row has its own order
+    assert pick(rows, top_p=0.01).flatten().tolist() == [0, 5]
+
+
+@pytest.mark.parametrize('options', [{'temperature': 0}, {}, {'top_k': 5}, {'top_p': 0.9}])
+def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn(options):
+    gpt = random_gpt(**TINY)
+    with torch.no_grad():  # the likeliest by far are the padded ones
+        gpt.transformer.wte.weight[50:] = 30 * gpt.transformer.wte.weight[50:]
+    idx = torch.randint(50, (8, 3))
+    assert gpt.generate(idx, 10, **options).max() >= 50
+    assert gpt.generate(idx, 10, vocab_size=50, **options).max() < 50
+
+
+# ----------------------------------------------------------------------------------------------
+# optimizers
+
+def groups_of(gpt, **options):
+    options = {'learning_rate': 1e-3, 'muon_learning_rate': 0.02, 'betas': (0.9, 0.95),
+               'weight_decay': 0.1, 'device_type': 'cpu', **options}
+    names = {id(p): name for name, p in gpt.named_parameters()}
+    return [[(group['weight_decay'], [names[id(p)] for p in group['params']])
+             for group in optimizer.param_groups]
+            for optimizer in gpt.configure_optimizers(**options)]
+
+
+def test_adamw_decays_matrices_and_embeddings_only():
+    gpt = GPT(GPTConfig(**TINY))
+    [[(decay, matrices), (none, vectors)]] = groups_of(gpt, optimizer='adamw')
+    assert (decay, none) == (0.1, 0.0)
+    assert sorted(matrices + vectors) == sorted(name for name, _ in gpt.named_parameters())
+    assert all('.ln_' in name or name.endswith('bias') for name in vectors)
+    assert not any('.ln_' in name or name.endswith('bias') for name in matrices)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 2.9 has no Muon')
+def test_muon_takes_the_matrices_of_the_blocks():
+    gpt = GPT(GPTConfig(**TINY))
+    [[(decay, blocks)], adamw] = groups_of(gpt, optimizer='muon')
+    assert decay == 0.1
+    assert len(blocks) == 4 * 3 and all('.h.' in n and n.endswith('weight') for n in blocks)
+    rest = [name for _, group in adamw for name in group]
+    assert sorted(rest + blocks) == sorted(name for name, _ in gpt.named_parameters())
+    assert adamw[0][1] == ['transformer.wte.weight', 'transformer.wpe.weight']
+
+
+def test_optimizers_that_do_not_exist_say_what_to_type(monkeypatch):
+    gpt = GPT(GPTConfig(**TINY))
+    with pytest.raises(ValueError, match="optimizer=sgd: expected 'adamw' or 'muon'"):
+        groups_of(gpt, optimizer='sgd')
+    monkeypatch.delattr(torch.optim, 'Muon', raising=False)
+    with pytest.raises(ValueError, match=r'muon: torch .* has no Muon.*--optimizer=adamw'):
+        groups_of(gpt, optimizer='muon')
+
+
+# ----------------------------------------------------------------------------------------------
+# checkpoints
+
+def state_of(gpt, **more):
+    return {'model': gpt.state_dict(), 'model_args': vars(gpt.config), 'iter_num': 3,
+            'best_val_loss': 1.5, 'config': {'learning_rate': 1e-3, 'out_dir': 'out'}, **more}
+
+
+def one_line(call, *args):
+    with pytest.raises(ValueError, match='expected') as caught:
+        call(*args)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+    gpt = random_gpt(bias=False, dropout=0.1, **TINY)
+    torch.save(state_of(gpt, meta={'tokenizer': 'char', 'chars': 'ab'}), tmp_path / 'ckpt.pt')
+    ckpt = load_checkpoint(tmp_path / 'ckpt.pt')
+    assert ckpt['meta'] == {'tokenizer': 'char', 'chars': 'ab'} and ckpt['best_val_loss'] == 1.5
+    again = GPT.from_checkpoint(ckpt)
+    assert again.config == gpt.config
+    for (name, a), b in zip(gpt.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_nanogpts_checkpoints_load(tmp_path):
+    gpt = random_gpt(**TINY)
+    weights = {f'module._orig_mod.{name}': p for name, p in gpt.state_dict().items()}
+    weights['module._orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 12, 12)  # its mask
+    ckpt = state_of(gpt, model=weights, best_val_loss=torch.tensor(2.25))
+    del ckpt['model_args']['bias']  # the first ones had none: True was meant
+    torch.save(ckpt, tmp_path / 'ckpt.pt')
+    ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))
+    assert type(ckpt['best_val_loss']) is float and ckpt['best_val_loss'] == 2.25
+    again, idx = GPT.from_checkpoint(ckpt).eval(), torch.randint(61, (1, 12))
+    assert torch.equal(again(idx)[0], gpt(idx)[0])
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    torch.save(state_of(GPT(GPTConfig(**TINY)), meta=Bomb(tmp_path / 'boom')), tmp_path / 'ckpt.pt')
+    message = one_line(load_checkpoint, tmp_path / 'ckpt.pt')
+    assert str(tmp_path / 'ckpt.pt') in message and 'could run code' in message
+    for protocol in (0, 2, 4):
+        (tmp_path / 'raw.pt').write_bytes(pickle.dumps(Bomb(tmp_path / 'boom'), protocol))
+        one_line(load_checkpoint, tmp_path / 'raw.pt')
+    assert not (tmp_path / 'boom').exists()
+    torch.load(tmp_path / 'ckpt.pt', weights_only=False)
+    assert (tmp_path / 'boom').exists()  # the bomb is one
+
+
+def test_the_unpickler_for_torch_1_knows_plain_types_only(tmp_path):
+    plain = collections.OrderedDict(a=[1.5, True, None, 'x'], b=(1, {2: 3}))
+    assert PlainUnpickler(io.BytesIO(pickle.dumps(plain, 2))).load() == plain
+    for thing in (Bomb(tmp_path / 'boom'), np.float32(1), print):
+        with pytest.raises(pickle.UnpicklingError, match='GLOBAL'):
+            PlainUnpickler(io.BytesIO(pickle.dumps(thing, 2))).load()
+    assert not (tmp_path / 'boom').exists()
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    assert 'no such file' in one_line(load_checkpoint, path)
+    torch.save(state_of(GPT(GPTConfig(**TINY))), path)
+    whole = path.read_bytes()
+    noise = np.random.default_rng(0).bytes(2000)
+    for n in (0, 1, 2, 100, 1000, len(whole) // 2, len(whole) - 1):
+        for content in (whole[:n], noise[:n], b'\x80\x02' + noise[:n]):
+            path.write_bytes(content)
+            assert f'{path}: damaged or no checkpoint' in one_line(load_checkpoint, path), n
+    for content in ([1], {'model': {}}, {'model_args': {}}, {'model': 1, 'model_args': {}}):
+        torch.save(content, path)
+        assert "no 'model" in one_line(load_checkpoint, path)
+
+
+def test_weights_that_do_not_fit_the_shape_are_named(tmp_path):
+    ckpt = state_of(random_gpt(bias=False, **TINY))
+    good, shape = ckpt['model'], ckpt['model_args']
+
+    def says(model=good, **args):
+        return one_line(GPT.from_checkpoint, {'model': model, 'model_args': {**shape, **args}})
+
+    assert 'transformer.wte.weight is (61, 24): expected (61, 48)' in says(n_embd=48)
+    assert 'lacks transformer.h.0.attn.c_attn.bias' in says(bias=True)
+    assert 'has also transformer.h.2.' in says(n_layer=2) and 'and 3 more' in says(n_layer=2)
+    assert 'lacks transformer.ln_f.weight:' in says(
+        {name: p for name, p in good.items() if 'ln_f' not in name})
+    assert 'rotary' in says(rotary=True) and 'n_layer' in says(rotary=True)
+
+
+def test_the_model_needs_torch_alone():
+    imported = set()
+    for node in ast.walk(ast.parse(Path(model_py.__file__).read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split('.')[0])
+    assert imported - set(sys.stdlib_module_names) == {'torch', 'safetensors', 'huggingface_hub'}

@@ -315,8 +315,12 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'config.json').unlink(missing_ok=True)
         save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-        (folder / 'generation_config.json.tmp').write_text(json.dumps(end, indent=2))
+        # Without a max_length transformers' pipeline asks for 256 tokens, past a short block_size.
+        (folder / 'generation_config.json.tmp').write_text(
+            json.dumps({**end, 'max_length': c.block_size}, indent=2))
         (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2))
+        mode = (folder / 'config.json.tmp').stat().st_mode  # safetensors lets only the owner read
+        (folder / 'model.safetensors.tmp').chmod(mode)
         for name in ('model.safetensors', 'generation_config.json', 'config.json'):
             (folder / f'{name}.tmp').replace(folder / name)
 

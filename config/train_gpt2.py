@@ -1,0 +1,26 @@
+"""GPT-2 124M on OpenWebText, from scratch: 8 GPUs of 40 GB or more, about four days on A100s.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    kubectl create -f job.yaml
+
+Any number of processes that divides 480 makes the same run. nanoGPT reports a validation loss of
+2.85 for this recipe; it has not been run to its end here.
+"""
+out_dir = 'out-gpt2'
+init_from = 'auto'  # a restarted pod goes on from the last checkpoint
+
+# 12 sequences x 40 x 1024 tokens = 491,520 tokens per step, over all processes together
+batch_size = 12
+gradient_accumulation_steps = 40
+block_size = 1024
+
+max_iters = 600_000  # x 0.49M tokens = 295B tokens, 33 times OpenWebText's 9B
+lr_decay_iters = 600_000
+warmup_iters = 2000
+learning_rate = 6e-4
+min_lr = 6e-5
+weight_decay = 0.1
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10

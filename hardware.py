@@ -1,0 +1,60 @@
+"""What the machine is: which device, which number format, how fast at best."""
+import re
+from pathlib import Path
+
+import torch
+
+# Dense bfloat16 peak in FLOP/s, from the makers' data sheets (V100: float16). First match wins.
+PEAK_FLOPS = {
+    'V100': 125e12, 'A100': 312e12, 'A800': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12,
+    'H100': 989e12, 'H800 PCIe': 756e12, 'H800': 989e12, 'H200': 989e12, 'L40S': 362e12,
+    'RTX 3090': 71e12, 'RTX 4090': 165e12,
+}
+
+
+def peak_flops(device):
+    """Dense bfloat16 FLOP/s of a CUDA device, 0 for a device that the table lacks."""
+    if torch.device(device).type != 'cuda':
+        return 0
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0)
+
+
+def resolve_device(device, local_rank=0):
+    """'auto' or a device's name -> 'cuda:<local_rank>', 'cuda:1', 'mps' or 'cpu'."""
+    mps = getattr(torch.backends, 'mps', None)
+    there = {'cuda': torch.cuda.is_available(), 'mps': mps is not None and mps.is_available(),
+             'cpu': True}
+    kind, _, index = device.partition(':')
+    if device == 'auto':
+        kind = next(k for k, ok in there.items() if ok)
+    if kind not in there or not (index == '' or kind == 'cuda' and index.isdigit()):
+        raise ValueError(f'--device={device}: expected auto, cpu, cuda, cuda:0 or mps')
+    if not there[kind]:
+        raise ValueError(f'--device={device}: not on this machine; type --device=auto')
+    if kind != 'cuda':
+        return kind
+    index, count = int(index or local_rank), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f'cuda:{index} is not one of this machine\'s {count} GPUs: start one '
+                         'process per GPU, and set LOCAL_RANK to 0 where each has its own')
+    torch.cuda.set_device(index)
+    return f'cuda:{index}'
+
+
+def resolve_dtype(dtype, device):
+    """'auto' or a name -> 'bfloat16' where the hardware computes in it, else 'float16' on CUDA,
+    else 'float32'."""
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        raise ValueError(f'--dtype={dtype}: expected auto, float32, bfloat16 or float16')
+    kind = torch.device(device).type
+    if dtype == 'float16' and kind == 'cpu':
+        raise ValueError('--dtype=float16 needs a GPU; type --dtype=auto')
+    if dtype != 'auto':
+        return dtype
+    if kind == 'cuda':  # torch's own is_bf16_supported counts emulation, which is slow
+        return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
+    flags = Path('/proc/cpuinfo')
+    has_bf16 = kind == 'cpu' and flags.exists() and re.search(
+        r'\b(avx512_bf16|amx_bf16)\b', flags.read_text(encoding='utf-8'))
+    return 'bfloat16' if has_bf16 else 'float32'

@@ -1,8 +1,11 @@
 """The files that outlive the process: ckpt.pt, the newest state, and best.pt, the best."""
 import os
+import pickle
 import shutil
 
 import torch
+
+from model import MASKS
 
 
 def save_checkpoint(path, state, best_path=None):
@@ -34,12 +37,46 @@ def save_checkpoint(path, state, best_path=None):
         raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
 
 
-def check_fits(ckpt, model_args, meta):
-    """ValueError unless a run with `model_args` and the tokenizer `meta` can go on from `ckpt`."""
+class PlainUnpickler(pickle.Unpickler):
+    """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
+
+    def find_class(self, module, name):
+        if f'{module}.{name}' not in ('collections.OrderedDict', 'torch._utils._rebuild_tensor_v2'):
+            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+        return super().find_class(module, name)
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such file: expected a checkpoint that train.py wrote')
+    if torch.__version__ < '2':  # it also ignores torch.load's pickle_module
+        torch.serialization._weights_only_unpickler = PlainUnpickler
+        PlainUnpickler.Unpickler = PlainUnpickler
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a damaged file can raise anything from torch.load
+        what = f'damaged or no checkpoint ({type(error).__name__})'
+        if 'GLOBAL' in str(error):
+            what = 'holds more than tensors and plain types, which could run code'
+        raise ValueError(f'{path}: {what}: expected a file that train.py wrote') from error
+    for key in ('model', 'model_args'):
+        if not isinstance(ckpt, dict) or not isinstance(ckpt.get(key), dict):
+            raise ValueError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
+    # nanoGPT saved compiled and wrapped modules, and with torch < 2.0 the causal masks.
+    ckpt['model'] = {name.replace('_orig_mod.', '').replace('module.', ''): tensor
+                     for name, tensor in ckpt['model'].items() if not name.endswith(MASKS)}
+    if 'best_val_loss' in ckpt:
+        ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor
+    return ckpt
+
+
+def check_fits(ckpt, options, meta):
+    """ValueError unless a run with these options and the tokenizer `meta` can go on from `ckpt`."""
     saved = ckpt['model_args']
     for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
-        if saved[name] != model_args[name]:
-            raise ValueError(f'--{name}={model_args[name]} contradicts the checkpoint, which has '
+        if name in options and name in saved and saved[name] != options[name]:
+            raise ValueError(f'--{name}={options[name]} contradicts the checkpoint, which has '
                              f'{name}={saved[name]}: type --{name}={saved[name]}, or --out_dir=... '
                              'for a new run')
     other = ckpt.get('meta') or meta

@@ -1,4 +1,4 @@
-"""Options from config files and --key=value, checked: python SCRIPT [config/x.py ...] [--key=value ...]
+"""Options from config files and --key=value: python SCRIPT [config/x.py ...] [--key=value ...]
 
 A script's options are the assignments at its top, `name = default  # unit and meaning`:
 

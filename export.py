@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 
 import configurator
+from checkpoint import load_checkpoint
 from data import tokens
-from model import GPT, load_checkpoint
+from model import GPT
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt, the newest, or best.pt, the lowest validation loss

@@ -36,8 +36,8 @@ def resolve_device(device, local_rank=0):
         return kind
     index, count = int(index or local_rank), torch.cuda.device_count()
     if index >= count:
-        raise ValueError(f'cuda:{index} is not one of this machine\'s {count} GPUs: start one '
-                         'process per GPU, and set LOCAL_RANK to 0 where each has its own')
+        raise ValueError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
+                         'and set LOCAL_RANK to 0 where each has its own')
     torch.cuda.set_device(index)
     return f'cuda:{index}'
 

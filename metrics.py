@@ -41,7 +41,7 @@ class Log:
         self.clock, self.clock_iter = time.perf_counter(), iter_num
 
     def step(self, iter_num, loss, lr, grad_norm):
-        """Tell the numbers of step `iter_num`; its time is the mean since the last that was told."""
+        """Tell the numbers of step `iter_num`; its time is the mean since the last one told."""
         dt = (time.perf_counter() - self.clock) / (iter_num - self.clock_iter)
         self.start_clock(iter_num)
         tok_per_sec = self.tokens_per_iter / dt

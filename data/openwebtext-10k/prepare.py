@@ -1,0 +1,23 @@
+"""The first 10,000 documents of OpenWebText, to try things: python data/openwebtext-10k/prepare.py
+
+HF_ENDPOINT names a mirror of the hub. Without a way out: --source=FOLDER with .parquet files.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator
+from data import corpus
+
+HERE = Path(__file__).resolve().parent
+_FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'
+          'plain_text/train/*.parquet')
+
+source = ''  # a file or folder of .parquet, .jsonl or .txt to read instead of the hub
+workers = 0  # threads that tokenize; 0: as many as there are cores
+
+options = configurator.options(globals())
+globals().update(configurator.override(options, sys.argv[1:], __file__))
+with corpus.preparing(HERE):
+    documents = corpus.local_documents(source) if source else corpus.hub_documents(_FILES)
+    corpus.write_documents(HERE, documents, workers)

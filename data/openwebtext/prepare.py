@@ -1,0 +1,25 @@
+"""OpenWebText in GPT-2's tokens: python data/openwebtext/prepare.py
+
+8,013,769 documents, 9 billion tokens: 18 GB of token files out of a download of 24 GB, which the
+datasets package unpacks into another 40 GB. HF_ENDPOINT names a mirror of the hub, HF_HOME the
+folder for the download. Without a way out: --source=FOLDER with the .parquet files.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator
+from data import corpus
+
+HERE = Path(__file__).resolve().parent
+_FILES = ('hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/'
+          'plain_text/train-*.parquet')
+
+source = ''  # a file or folder of .parquet, .jsonl or .txt to read instead of the hub
+workers = 0  # threads that tokenize; 0: as many as there are cores
+
+options = configurator.options(globals())
+globals().update(configurator.override(options, sys.argv[1:], __file__))
+with corpus.preparing(HERE):
+    documents = corpus.local_documents(source) if source else corpus.hub_documents(_FILES)
+    corpus.write_documents(HERE, documents, workers)

@@ -38,6 +38,11 @@ def environment():
     return tuple(values)
 
 
+def under_torchrun():
+    """Whether torchrun's agent started this process, and restarts it together with the others."""
+    return 'TORCHELASTIC_RUN_ID' in os.environ
+
+
 def join(backend, timeout_s, arrival_timeout_s=1800):
     """Make the default process group, whose collectives may take timeout_s; nothing if alone.
 
@@ -47,7 +52,7 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
     if world_size == 1:
         return
     hello = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
-    if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun's agents have found each other already
+    if under_torchrun():  # torchrun's agents have found each other already
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         dist.all_reduce(hello)
         return
@@ -56,27 +61,30 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
                             f'processes did not meet at {address}:{port} in {arrival_timeout_s} s'])
     limit.daemon = True
     limit.start()  # a thread, so it also ends a process that is stuck inside a call
+    while True:
+        try:
+            store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
+            call = call_the_roll(store, rank, world_size)
+            break
+        except RuntimeError:  # rank 0 is not there yet, or was lost, or its port is still taken
+            time.sleep(0.2)
+    store.set_timeout(timedelta(seconds=timeout_s))
     # gloo dials a dead address for 5 times its timeout: keep that short until all are connected.
     raise_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.1: none
     trial_s = 5 if backend == 'gloo' and raise_timeout else timeout_s
-    store = None
-    while True:
-        try:
-            store = store or dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5),
-                                           wait_for_workers=False)
-            call = call_the_roll(store, rank, world_size)
-            store.set_timeout(timedelta(seconds=timeout_s))
-            dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
-                                    world_size=world_size, timeout=timedelta(seconds=trial_s))
-            dist.all_reduce(hello)
-            break
-        except RuntimeError as error:  # one is not there yet, or was lost just now: call again
-            if not is_lost_peer(error):
-                raise
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            store = store if rank == 0 else None  # the others may have met rank 0's predecessor
-            time.sleep(0.2)
+    try:
+        dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
+                                world_size=world_size, timeout=timedelta(seconds=trial_s))
+        dist.all_reduce(hello)
+    except RuntimeError as error:
+        if backend != 'gloo' or not is_lost_peer(error):
+            raise
+        # One was lost after its answer. torch numbers its groups, so that after a failure a process
+        # fits only others with as many: start anew in place, which costs no restart of the job's.
+        print(f'rank {rank}: lost a process while joining, once more: {error}', file=sys.stderr)
+        sys.stdout.flush()
+        os.closerange(3, 2**12)  # the others must see gloo's sockets closed; they survive an exec
+        os.execv(sys.executable, sys.orig_argv)
     if raise_timeout:
         raise_timeout(timedelta(seconds=timeout_s))
     limit.cancel()
@@ -151,6 +159,16 @@ class StopRequest:
     def exit_code(self):
         """143, 130, or None when nothing was asked for."""
         return 128 + self.signum if self.signum else None
+
+    def votes(self, device):
+        """This process's part of a request that all reduce: SIGTERM and Ctrl-C, 0 or 1 each."""
+        asked = [self.signum == signal.SIGTERM, self.signum == signal.SIGINT]
+        return torch.tensor(asked, dtype=torch.float32, device=device)
+
+    @staticmethod
+    def elected(votes):
+        """The exit code that the reduced votes ask for, None to go on."""
+        return 143 if votes[0] else 130 if votes[1] else None
 
 
 def is_lost_peer(error):

@@ -20,9 +20,20 @@ test: $(VENV)/dev
 test-long: $(VENV)/dev
 	$(PY) -m pytest -m long --durations=20
 
-# The oldest torch that the cluster's images have; it wants Python 3.10 or 3.11 and numpy 1.
-test-torch1: .venv-torch1/run
-	.venv-torch1/bin/python -m pytest -m "not long" tests/test_train.py tests/test_sample.py
+# The oldest torch that job_torch1.yaml's image has; it wants Python 3.10 or 3.11, and numpy 1.
+OLD = .venv-torch1
+OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
+OLD_TESTS = tests/test_train.py tests/test_sample.py tests/test_checkpoint.py
+
+test-torch1: $(OLD)/run
+	$(OLD)/bin/python -m pytest -m "not long" $(OLD_TESTS)
+
+$(OLD)/run: Makefile
+	@test -n "$(OLD_PYTHON)" || { echo 'make test-torch1: needs python3.10 or python3.11: install one, or type OLD_PYTHON=...'; exit 1; }
+	$(OLD_PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install -q --disable-pip-version-check \
+		torch==1.13.1 'numpy<2' tqdm safetensors tiktoken pytest hypothesis
+	@touch $@
 
 bench: $(VENV)/run
 	$(PY) bench.py
@@ -40,4 +51,4 @@ $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-torch1
+	rm -rf $(VENV) $(OLD)

@@ -76,8 +76,23 @@ def user_errors():
     """What a user can mend ends in one line that names the rank; a bug keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError) as e:
-        sys.exit(f'train.py: {f"rank {rank}: " if world_size > 1 else ""}{e}')
+    except (ValueError, OSError) as error:
+        sys.exit(f'train.py: {f"rank {rank}: " if world_size > 1 else ""}{error}')
+
+
+@contextmanager
+def lost_peers():
+    """When another process was lost, rank 0 keeps the last finished step, and all restart."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size == 1 or not distributed.is_lost_peer(error):
+            raise
+        # A step's collectives come before its update: the state is that of step iter_num.
+        if is_main and iter_num != saved_iter:
+            save()
+        distributed.leave(stop.exit_code or 138, f'train.py: rank {rank}: step {iter_num}: another '
+                          f'process was lost: {str(error).splitlines()[0]}')
 
 
 def check(ok, message):
@@ -87,7 +102,7 @@ def check(ok, message):
 
 # ----------------------------------------------------------------------------- distributed
 # Nothing joins yet: all that a user can get wrong is found first, by each process, in seconds.
-rank, world_size = 0, 1
+rank, world_size, iter_num, saved_iter = 0, 1, 0, 0
 stop = distributed.StopRequest()  # SIGTERM, Ctrl-C
 with user_errors():
     rank, local_rank, world_size = distributed.environment()
@@ -113,7 +128,8 @@ micro_steps = next(n for n in range(1, share + 1) if share % n == 0 and share //
 # ------------------------------------------------------------------------------------ data
 EVAL = 2**32 - 1  # stands for iter_num: evaluation's own draw, the same sequences every time
 with user_errors():
-    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
+    here = os.path.dirname(os.path.abspath(__file__))
+    data_dir = os.path.normpath(os.path.join(os.path.relpath(here), 'data', dataset))
     meta = tokens.load_meta(data_dir)
     data = {split: tokens.Tokens(data_dir, split) for split in ('train', 'val')}
     for split in data:
@@ -176,10 +192,10 @@ if is_main:
             and state.get('val_loss') is not None and state['iter_num'] >= max_iters):
         # Started again after the end, when the others have left: do not wait for them.
         sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps'))
-if ddp:
-    backend = ('nccl' if device_type == 'cuda' else 'gloo') if backend == 'auto' else backend
-    distributed.join(backend, dist_timeout)
-state = distributed.broadcast_state(state, device)
+with lost_peers():
+    distributed.join({'auto': 'nccl' if device_type == 'cuda' else 'gloo'}.get(backend, backend),
+                     dist_timeout)
+    state = distributed.broadcast_state(state, device)
 torch.manual_seed(seed)
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
@@ -194,14 +210,15 @@ with user_errors():
         model_args = {**state['model_args'], 'dropout': dropout}
         raw_model = GPT.from_checkpoint({**state, 'model_args': model_args})
 state = state or {}
-iter_num, best_val_loss = state.get('iter_num', 0), state.get('best_val_loss', math.inf)
+iter_num = saved_iter = state.get('iter_num', 0)
+best_val_loss = state.get('best_val_loss', math.inf)
 val_loss = state.get('val_loss')  # of step iter_num, if its evaluation is done
 raw_model.to(device)
 compiled = device_type == 'cuda' if compile == 'auto' else compile
 model = torch.compile(raw_model) if compiled else raw_model
 if ddp:
-    model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None,
-                                    gradient_as_bucket_view=True)
+    with lost_peers():
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if grad_compress:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
         model.register_comm_hook(None, default_hooks.bf16_compress_hook)
@@ -286,8 +303,8 @@ if is_main:
           f'step ({micro_steps} micro-steps of {share // micro_steps} x {block_size} per process); '
           f'{"evaluating" if eval_only else f"steps {iter_num:,} to {max_iters:,}"}', flush=True)
 first_iter, exit_code, reports = iter_num, None, []  # reports: of steps not read yet
-saved_iter = iter_num if os.path.isfile(ckpt_path) else None
-try:
+saved_iter = iter_num if eval_only or os.path.isfile(ckpt_path) else -1
+with lost_peers():
     stop.arm()  # from here on a signal waits for the end of the step
     if ddp:  # else the gradients of different models would be averaged
         steps = torch.tensor([iter_num, -iter_num], device=device)
@@ -369,14 +386,6 @@ try:
                 log.step(step, loss, lr, grad_norm)
     if ddp:
         torch.distributed.barrier()  # rank 0's last checkpoint is written
-except RuntimeError as error:
-    if not ddp or not distributed.is_lost_peer(error):
-        raise
-    # The collectives of a step come before its update: the state is that of step iter_num.
-    if is_main and not eval_only and iter_num != saved_iter:
-        save()
-    distributed.leave(stop.exit_code or 138, f'train.py: rank {rank}: step {iter_num}: another '
-                      f'process was lost: {str(error).splitlines()[0]}')
 
 if is_main:
     log.close()

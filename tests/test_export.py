@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_checkpoint
@@ -503,25 +504,23 @@ def test_mistakes_end_in_one_line_and_lose_nothing(tmp_path, folder):
 # ----------------------------------------------------------------------------------------------
 # train.py, sample.py and export.py together, as users run them
 
-def run(script, *args):
-    done = subprocess.run(
-        [sys.executable, script, *map(str, args), '--device=cpu', '--dtype=float32'], cwd=REPO,
-        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def output(script, *options):
+    done = run(script, *options, '--device=cpu', '--dtype=float32')
+    assert done.code == 0, done.err
+    return done.out
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def exported(tmp_path_factory):
     """(data, out, hf): a text in tokens, a GPT trained on it for some steps, its export."""
-    base = tmp_path_factory.mktemp('trained')
+    base = tmp_path_factory.mktemp('exported')
     data, out, hf = base / 'data', base / 'out', base / 'hf'
     ids = tokens.gpt2_encoding().encode('To be, or not to be, that is the question: ' * 60)
     data.mkdir()
     for split in ('train', 'val'):  # as nanoGPT writes them
         (data / f'{split}.bin').write_bytes(torch.tensor(ids, dtype=torch.int32).numpy(
             ).astype('<u2').tobytes())
-    run('train.py', f'--dataset={data}', f'--out_dir={out}', '--n_layer=2', '--n_head=2',
+    output('train.py', f'--dataset={data}', f'--out_dir={out}', '--n_layer=2', '--n_head=2',
         '--n_embd=32', '--block_size=32', '--batch_size=8', '--gradient_accumulation_steps=1',
         '--learning_rate=1e-2', '--min_lr=1e-3', '--warmup_iters=5', '--lr_decay_iters=60',
         '--max_iters=60', '--eval_interval=60', '--eval_iters=2')
@@ -529,9 +528,9 @@ def trained(tmp_path_factory):
     return data, out, hf
 
 
-def test_train_then_export_speaks_alike_in_transformers(trained):
-    _, out, hf = trained
-    said = run('sample.py', f'--out_dir={out}', '--start=To be, or', '--temperature=0',
+def test_train_then_export_speaks_alike_in_transformers(exported):
+    _, out, hf = exported
+    said = output('sample.py', f'--out_dir={out}', '--start=To be, or', '--temperature=0',
                '--max_new_tokens=20').split('\n---')[0]
     judge = transformers.AutoModelForCausalLM.from_pretrained(hf)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
@@ -543,20 +542,20 @@ def test_train_then_export_speaks_alike_in_transformers(trained):
     with torch.no_grad():
         ours, theirs = gpt(greedy)[0][..., :50257], judge(greedy).logits
     assert (ours - theirs).abs().max() < 1e-4 < theirs.std()
-    assert run('sample.py', f'--init_from={hf}', '--start=To be, or', '--temperature=0',
+    assert output('sample.py', f'--init_from={hf}', '--start=To be, or', '--temperature=0',
                '--max_new_tokens=20').split('\n---')[0] == said
 
 
-def test_fine_tuning_starts_from_a_folder(trained, tmp_path):
-    data, _, hf = trained
+def test_fine_tuning_starts_from_a_folder(exported, tmp_path):
+    data, _, hf = exported
     options = (f'--dataset={data}', f'--init_from={hf}', f'--out_dir={tmp_path}',
                '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
                '--eval_iters=2')
-    evaluated = run('train.py', 'config/eval_gpt2.py', *options)
+    evaluated = output('train.py', 'config/eval_gpt2.py', *options)
     assert not any(tmp_path.iterdir())
     loss = float(re.search(r'val loss ([\d.]+)', evaluated)[1])
     assert loss < 1  # ln(50257) = 10.8 for one that knows nothing
-    run('train.py', 'config/finetune_shakespeare.py', *options, '--max_iters=2', '--dropout=0.1')
+    output('train.py', 'config/finetune_shakespeare.py', *options, '--max_iters=2', '--dropout=0.1')
     ckpt = load_checkpoint(tmp_path / 'ckpt.pt')
     assert ckpt['iter_num'] == 2 and ckpt['meta']['tokenizer'] == 'gpt2'
     args = ckpt['model_args']

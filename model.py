@@ -198,10 +198,11 @@ class GPT(nn.Module):
         rest = [p for n, p in params.items() if n not in muon]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-        # One kernel for all parameters; torch < 2.4 has it only for CUDA, and torch 1.13's is new.
+        # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
         version = tuple(int(x) for x in torch.__version__.split('.')[:2])
-        fused = version >= (2, 4) or version >= (2, 0) and device_type == 'cuda'
-        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        fused = version >= ((2, 0) if device_type == 'cuda' else (2, 4))
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas,
+                                  **({'fused': True} if fused else {}))
         if not muon:
             return [adamw]
         return [torch.optim.Muon(list(muon.values()), lr=muon_learning_rate, momentum=0.95,
@@ -249,8 +250,10 @@ class GPT(nn.Module):
             folder = download(source)
         hf = read_json(folder / 'config.json')
         sizes = [hf.get(k) for k in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')]
+        if hf.get('n_inner') == 4 * (hf.get('n_embd') or 0):
+            hf['n_inner'] = None  # it means the same
         for key, value in HF_GPT2.items():
-            if hf.get(key, value) != value and (key, hf[key]) != ('n_inner', 4 * sizes[-1]):
+            if hf.get(key, value) != value:
                 raise ValueError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
         if not all(isinstance(size, int) for size in sizes):
             raise ValueError(f'{source}: config.json lacks a number for n_positions, vocab_size, '
@@ -260,7 +263,7 @@ class GPT(nn.Module):
                              f'that {source} has')
         files, index = [folder / 'model.safetensors'], folder / 'model.safetensors.index.json'
         if index.exists() and not files[0].exists():
-            files = [folder / file for file in set(read_json(index)['weight_map'].values())]
+            files = [folder / file for file in set(read_json(index).get('weight_map', {}).values())]
         where = {}  # by our names: the file, the name in it
         for file in files:
             try:

@@ -180,6 +180,13 @@ def test_another_architecture_is_refused_by_name(folder, changes, said):
     assert re.search(said, message) and str(folder) in message
 
 
+def test_a_model_of_another_family_is_refused_by_its_name(folder):
+    (folder / 'config.json').write_text('{"model_type": "llama", "hidden_size": 64}')
+    assert "model_type='llama'" in one_line(GPT.from_pretrained, folder)
+    (folder / 'config.json').write_text('{"some": "thing"}')
+    assert 'n_layer' in one_line(GPT.from_pretrained, folder)
+
+
 def test_an_mlp_of_four_times_the_width_may_be_written_out(folder):
     edit_json(folder / 'config.json', n_inner=4 * 16)  # mostly null, which means the same
     GPT.from_pretrained(folder)

@@ -49,7 +49,7 @@ class Log:
         text = (f'loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | {1000 * dt:.1f} ms | '
                 f'{tok_per_sec:,.0f} tok/s' + (f' | mfu {mfu:.3f}' if mfu else ''))
         if self.bar is None:
-            print(f'step {iter_num} | {text}', flush=True)
+            self.say(f'step {iter_num} | {text}')
         else:
             self.bar.update(iter_num - self.bar.n)
             self.bar.set_postfix_str(text)
@@ -58,12 +58,12 @@ class Log:
                    'tok_per_sec': tok_per_sec})
 
     def evaluation(self, iter_num, train_loss, val_loss):
-        text = f'step {iter_num} | train loss {train_loss:.4f} | val loss {val_loss:.4f}'
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            self.bar.write(text)
+        self.say(f'step {iter_num} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
         self.keep({'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss})
+
+    def say(self, line):
+        (self.bar.write if self.bar else print)(line)
+        sys.stdout.flush()  # a pod's log is a file: each line at once
 
     def keep(self, entry):
         if self.file:

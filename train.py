@@ -72,11 +72,11 @@ globals().update(config)
 
 
 @contextmanager
-def user_errors():
+def user_errors(*kinds):
     """What a user can mend ends in one line that names the rank; a bug keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (kinds or (ValueError, OSError)) as error:  # noqa: B030
         sys.exit(f'train.py: {f"rank {rank}: " if world_size > 1 else ""}{error}')
 
 
@@ -115,6 +115,7 @@ with user_errors():
     for name in ('eval_interval', 'eval_iters', 'log_interval', 'block_size', 'batch_size',
                  'gradient_accumulation_steps', 'dist_timeout'):
         check(config[name] >= 1, f'--{name}={config[name]}: expected 1 or more')
+    check(learning_rate > 0, f'--learning_rate={learning_rate}: expected more than 0')
     check(lr_schedule in ('cosine', 'linear'),
           f'--lr_schedule={lr_schedule}: expected cosine or linear')
     sequences = batch_size * gradient_accumulation_steps  # one step's, over all processes
@@ -186,6 +187,7 @@ if is_main:
                 pretrained = GPT.from_pretrained(init_from, block_size)
                 state = {'model': pretrained.state_dict(), 'meta': tokens.GPT2_META,
                          'model_args': vars(pretrained.config)}
+                del pretrained
         if not eval_only:
             os.makedirs(out_dir, exist_ok=True)
     if (ddp and not distributed.under_torchrun() and state and not eval_only
@@ -221,7 +223,9 @@ if ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if grad_compress:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-        model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        # Under its own name DDP refuses this hook on gloo, where it works.
+        bf16 = default_hooks.bf16_compress_hook
+        model.register_comm_hook(None, lambda state, bucket: bf16(state, bucket))
 autocast = nullcontext()
 if amp_dtype != 'float32':
     autocast = torch.autocast(device_type, getattr(torch, amp_dtype))
@@ -279,8 +283,7 @@ def save(best=False):
              'best_val_loss': best_val_loss, 'val_loss': val_loss, 'config': config, 'meta': meta}
     if len(optimizers) == 1:
         state['optimizer'] = state['optimizer'][0]
-    with user_errors():
-        save_checkpoint(ckpt_path, state, os.path.join(out_dir, 'best.pt') if best else None)
+    save_checkpoint(ckpt_path, state, os.path.join(out_dir, 'best.pt') if best else None)
 
 
 def fail(message):
@@ -294,17 +297,18 @@ def due(iter_num):
             or checkpoint_interval and iter_num % checkpoint_interval == 0)
 
 
-if is_main:
-    log = Log(None if eval_only else out_dir, iter_num, val_loss is not None, max_iters,
-              sequences * block_size, raw_model.train_flops_per_token(),
-              world_size * peak_flops(device))
-    print(f'{raw_model.num_params():,} parameters on {world_size} x {device}, '
-          f'{amp_dtype}{", compiled" if compiled else ""}; {sequences * block_size:,} tokens a '
-          f'step ({micro_steps} micro-steps of {share // micro_steps} x {block_size} per process); '
-          f'{"evaluating" if eval_only else f"steps {iter_num:,} to {max_iters:,}"}', flush=True)
+with user_errors(OSError):
+    if is_main:
+        log = Log(None if eval_only else out_dir, iter_num, val_loss is not None, max_iters,
+                  sequences * block_size, raw_model.train_flops_per_token(),
+                  world_size * peak_flops(device))
+        log.say(f'{raw_model.num_params():,} parameters on {world_size} x {device}, {amp_dtype}'
+                f'{", compiled" if compiled else ""}; {sequences * block_size:,} tokens a step '
+                f'({micro_steps} x {share // micro_steps} x {block_size} per process); '
+                f'{"evaluating" if eval_only else f"steps {iter_num:,} to {max_iters:,}"}')
 first_iter, exit_code, reports = iter_num, None, []  # reports: of steps not read yet
 saved_iter = iter_num if eval_only or os.path.isfile(ckpt_path) else -1
-with lost_peers():
+with user_errors(OSError), lost_peers():
     stop.arm()  # from here on a signal waits for the end of the step
     if ddp:  # else the gradients of different models would be averaged
         steps = torch.tensor([iter_num, -iter_num], device=device)

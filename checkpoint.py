@@ -2,10 +2,12 @@
 import os
 import pickle
 import shutil
+import sys
 
 import torch
 
-from model import MASKS
+from data.tokens import GPT2_META
+from model import GPT, MASKS
 
 
 def save_checkpoint(path, state, best_path=None):
@@ -69,6 +71,33 @@ def load_checkpoint(path):
     if 'best_val_loss' in ckpt:
         ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor
     return ckpt
+
+
+def starting_state(init_from, path, block_size, writing):
+    """What a run starts from: the checkpoint at `path`, GPT-2's weights, or None for new ones.
+
+    ValueError if that is not to be had, or if a new run that is `writing` would lose a checkpoint.
+    """
+    state, found = None, os.path.isfile(path)
+    if init_from in ('resume', 'auto'):
+        if not found and init_from == 'resume':
+            raise ValueError(f'--init_from=resume: no {path}; type --init_from=auto to start anew')
+        state = load_checkpoint(path) if found else None
+    elif found and writing:
+        raise ValueError(f'{path} exists and would be lost; go on with "{resume_command()}", or '
+                         'choose another --out_dir')
+    elif init_from != 'scratch':
+        model = GPT.from_pretrained(init_from, block_size)
+        state = {'model': model.state_dict(), 'model_args': vars(model.config), 'meta': GPT2_META}
+    if writing:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    return state
+
+
+def resume_command():
+    """What to type to go on with the run that this process is."""
+    options = (arg for arg in sys.argv if not arg.startswith('--init_from='))
+    return ' '.join(('python', *options, '--init_from=resume'))
 
 
 def check_fits(ckpt, options, meta):

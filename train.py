@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import distributed
-from checkpoint import check_fits, load_checkpoint, load_optimizers, save_checkpoint
+from checkpoint import check_fits, load_optimizers, resume_command, save_checkpoint, starting_state
 from data import tokens
 from hardware import peak_flops, resolve_device, resolve_dtype
 from metrics import Log
@@ -169,31 +169,19 @@ def get_batch(split, iter_num, micro_step):
 
 
 # ----------------------------------------------------------------------------------- model
-# Rank 0 alone decides what to start from, since a shared disk can look different from two nodes.
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-command = ' '.join(['python train.py', *(a for a in sys.argv[1:] if '--init_from=' not in a)])
-state = None
-if is_main:
-    with user_errors():
-        found = os.path.isfile(ckpt_path)
-        if init_from in ('resume', 'auto'):
-            check(found or init_from == 'auto', f'--init_from=resume: no {ckpt_path}; start with '
-                  '--init_from=scratch, or auto')
-            state = load_checkpoint(ckpt_path) if found else None
-        else:
-            check(not found or eval_only, f'{ckpt_path} exists and would be lost; go on with '
-                  f'"{command} --init_from=resume", or choose another --out_dir')
-            if init_from != 'scratch':
-                pretrained = GPT.from_pretrained(init_from, block_size)
-                state = {'model': pretrained.state_dict(), 'meta': tokens.GPT2_META,
-                         'model_args': vars(pretrained.config)}
-                del pretrained
-        if not eval_only:
-            os.makedirs(out_dir, exist_ok=True)
-    if (ddp and not distributed.under_torchrun() and state and not eval_only
-            and state.get('val_loss') is not None and state['iter_num'] >= max_iters):
-        # Started again after the end, when the others have left: do not wait for them.
-        sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps'))
+ckpt_path, state = os.path.join(out_dir, 'ckpt.pt'), None
+with user_errors():
+    # GPT-2's 50,257 tokens are padded: matrix kernels like multiples of 64.
+    model_args = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'bias': bias,
+                  'block_size': block_size, 'dropout': dropout,
+                  'vocab_size': 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']}
+    model_config = GPTConfig(**model_args)
+    if is_main:  # rank 0 decides for all: a shared disk can look different from two nodes
+        state = starting_state(init_from, ckpt_path, block_size, writing=not eval_only)
+if (is_main and ddp and state and not eval_only and not distributed.under_torchrun()
+        and state.get('val_loss') is not None and state['iter_num'] >= max_iters):
+    # Started again after the end, when the others have left: do not wait for them.
+    sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps'))
 with lost_peers():
     distributed.join({'auto': 'nccl' if device_type == 'cuda' else 'gloo'}.get(backend, backend),
                      dist_timeout)
@@ -202,11 +190,8 @@ torch.manual_seed(seed)
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
 with user_errors():
-    if state is None:  # GPT-2's 50,257 tokens are padded: kernels like multiples of 64
-        vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
-        model_args = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'bias': bias,
-                      'block_size': block_size, 'vocab_size': vocab_size, 'dropout': dropout}
-        raw_model = GPT(GPTConfig(**model_args))
+    if state is None:
+        raw_model = GPT(model_config)
     else:
         check_fits(state, config if init_from in ('resume', 'auto') else {}, meta)
         model_args = {**state['model_args'], 'dropout': dropout}
@@ -395,7 +380,7 @@ if is_main:
     log.close()
 if is_main and exit_code and not eval_only:
     print(f'stopped after step {iter_num}, which {ckpt_path} holds; go on with '
-          f'"{command} --init_from=resume"')
+          f'"{resume_command()}"')
 elif is_main and not eval_only:
     print(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; checkpoints '
           f'and curves are in {out_dir}; sample with "python sample.py --out_dir={out_dir}"')

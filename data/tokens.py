@@ -216,7 +216,9 @@ def gpt2_encoding():
     for name, sha256 in GPT2_FILES.items():
         check_sha256(folder / name, sha256)
     print(f'GPT-2 tokenizer: {source}', file=sys.stderr)
+    encoder_json, vocab_bpe = GPT2_FILES  # and their hashes: tiktoken reads through its own cache
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(folder / 'vocab.bpe'), encoder_json_file=str(folder / 'encoder.json'))
+        str(folder / vocab_bpe), str(folder / encoder_json),
+        GPT2_FILES[vocab_bpe], GPT2_FILES[encoder_json])
     return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={EOT: 50256}, explicit_n_vocab=50257)

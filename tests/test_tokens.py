@@ -334,6 +334,18 @@ def test_a_tokenizer_file_with_another_hash_is_refused(sources, gpt2_files, name
     assert 'delete it' in one_line(error) and not asked
 
 
+def test_a_poisoned_cache_of_tiktoken_is_not_used(sources, gpt2_files, tmp_path, monkeypatch):
+    kept, _, _, gpt2_encoding = sources
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    for name in tokens.GPT2_FILES:
+        shutil.copy(gpt2_files / name, kept)
+        key = hashlib.sha1(str(kept / name).encode()).hexdigest()  # as tiktoken names its files
+        shutil.copy(gpt2_files / 'vocab.bpe', tmp_path / key)
+        with open(tmp_path / key, 'a') as f:
+            f.write('x y\n')
+    assert gpt2_encoding().encode_ordinary('hello world') == [31373, 995]
+
+
 def test_no_host_is_waited_for_when_the_files_are_at_hand(gpt2_files):
     silent = '192.0.2.1:9'  # an address that is never routed: a connection attempt hangs
     env = os.environ | {f'{kind}_PROXY': f'http://{silent}' for kind in ('HTTP', 'HTTPS', 'ALL')}

@@ -104,5 +104,6 @@ def usage(defaults, script):
             lines.append(f'# {heading}')
         elif name in defaults:
             shown.add(name)
-            lines.append(f'  --{name}={defaults[name]}'.ljust(38) + f' {comment}')
+            value = str(defaults[name]).replace('\n', '\\n')
+            lines.append(f'  --{name}={value}'.ljust(38) + f' {comment}')
     return '\n'.join(lines)

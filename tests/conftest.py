@@ -1,0 +1,182 @@
+"""What the tests of the scripts share: a tiny data set, and the scripts started as users do.
+
+    from conftest import TINY, run, start
+    done = run('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}')
+    assert done.code == 0, done.err
+
+Each script is a process of its own with one thread. None outlives its time limit or the session.
+"""
+import ast
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 120  # for any script here; they take seconds
+# Options of a run that takes milliseconds a step. 8 sequences of 32 tokens make one.
+TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32',
+        '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=2', '--max_iters=10',
+        '--eval_interval=10', '--eval_iters=2', '--learning_rate=3e-3', '--min_lr=3e-4',
+        '--warmup_iters=4', '--lr_decay_iters=40')
+CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
+started = []
+
+
+class Script:
+    """One process of a script, its output so far in `out` and `err`, its end in `code`."""
+
+    def __init__(self, argv, env=None, **popen):
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
+        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            argv, env=env, stdout=self.files[0], stderr=self.files[1], stdin=subprocess.DEVNULL,
+            start_new_session=True, **{'cwd': ROOT, **popen})
+        started.append(self)
+
+    def read(self, file):
+        return os.pread(file.fileno(), 2**24, 0).decode()  # leaves the writer's position alone
+
+    @property
+    def out(self):
+        return self.read(self.files[0])
+
+    @property
+    def err(self):
+        return self.read(self.files[1])
+
+    @property
+    def code(self):
+        return self.process.poll()
+
+    @property
+    def last_step(self):
+        """The step of the last log line so far, -1 before the first."""
+        return max((int(n) for n in re.findall(r'^step (\d+) \| loss', self.out, re.M)), default=-1)
+
+    def send(self, signum):
+        if self.code is None:
+            os.killpg(self.process.pid, signum)
+
+    def until(self, condition, limit_s=LIMIT_S):
+        """Wait for condition(self) or the end of the process; TimeoutError after limit_s."""
+        end = time.monotonic() + limit_s
+        while self.code is None and not condition(self):
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(f'not within {limit_s} s: {self.out}\n{self.err}')
+            time.sleep(0.002)
+        return self
+
+    def wait(self, limit_s=LIMIT_S):
+        return self.until(lambda script: False, limit_s)
+
+
+def pytest_sessionfinish():
+    for script in started:
+        script.send(signal.SIGKILL)
+
+
+def start(script, *options, env=None, **popen):
+    """The process of `python SCRIPT OPTIONS`, on its way."""
+    return Script([sys.executable, ROOT / script, *options], env, **popen)
+
+
+def run(script, *options, limit_s=LIMIT_S, **popen):
+    """`python SCRIPT OPTIONS`, ended."""
+    return start(script, *options, **popen).wait(limit_s)
+
+
+def options_in(script):
+    """(name, default, comment) of each option of a script, read from its source."""
+    source = (ROOT / script).read_text(encoding='utf-8').split('configurator.override')[0]
+    found = re.findall(r'^(\w+) = ([^#\n]+?)  # (.*)$', source, re.MULTILINE)
+    return [(name, ast.literal_eval(default), comment) for name, default, comment in found]
+
+
+def check_help(script):
+    """--help lists each option once, with its default and its comment."""
+    done = run(script, '--help')
+    assert done.code == 0 and done.err == ''
+    for name, default, comment in options_in(script):
+        value = str(default).replace('\n', '\\n')
+        lines = [line for line in done.out.splitlines() if line.strip().startswith(f'--{name}=')]
+        assert len(lines) == 1, name
+        assert lines[0].split() == f'--{name}={value} {comment}'.split()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(world_size, script, *options):
+    """A process per rank, on their way, as the job controller starts them: plain mode."""
+    if world_size == 1:
+        return [start(script, *options)]
+    there = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
+             'WORLD_SIZE': str(world_size)}
+    return [start(script, *options, env={**there, 'RANK': str(rank)})
+            for rank in range(world_size)]
+
+
+def start_torchrun(world_size, script, *options):
+    return Script([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                   f'--nproc_per_node={world_size}', ROOT / script, *options])
+
+
+def succeed(scripts, limit_s=LIMIT_S):
+    """All of them, ended well."""
+    for script in scripts:
+        assert script.wait(limit_s).code == 0, script.err
+    return scripts
+
+
+def steps_of(out_dir):
+    """The entries of log.jsonl that tell a step."""
+    return [e for e in log_of(out_dir) if 'loss' in e]
+
+
+def evaluations_of(out_dir):
+    return [e for e in log_of(out_dir) if 'val_loss' in e]
+
+
+def log_of(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+
+
+def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
+    """Characters that follow each other by one of three: 1.1 nats a token at best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
+    for split, part in (('train', ids[:n_train]), ('val', ids[n_train:])):
+        part.astype('<u2').tofile(folder / f'{split}.bin')
+    if meta:
+        (folder / 'meta.json').write_text(json.dumps(
+            {'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS), 'source': 'a test',
+             'tokens': {'train': n_train, 'val': n_val}}))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def data_set(tmp_path_factory):
+    """The folder of a data set of 31 characters, some of several bytes."""
+    return write_data_set(tmp_path_factory.mktemp('data') / 'tiny')
+
+
+@pytest.fixture(scope='session')
+def trained(data_set, tmp_path_factory):
+    """The out_dir of a TINY run of 10 steps; copy it before you change it."""
+    out_dir = tmp_path_factory.mktemp('trained') / 'out'
+    succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={out_dir}')])
+    return out_dir

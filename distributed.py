@@ -66,7 +66,7 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
             store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
             call = call_the_roll(store, rank, world_size)
             break
-        except RuntimeError:  # rank 0 is not there yet, or was lost, or its port is still taken
+        except (RuntimeError, OSError):  # rank 0 is not there yet, or its predecessor still is
             time.sleep(0.2)
     store.set_timeout(timedelta(seconds=timeout_s))
     # gloo dials a dead address for 5 times its timeout: keep that short until all are connected.
@@ -76,7 +76,7 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
         dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
                                 world_size=world_size, timeout=timedelta(seconds=trial_s))
         dist.all_reduce(hello)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if backend != 'gloo' or not is_lost_peer(error):
             raise
         # One was lost after its answer. torch numbers its groups, so that after a failure a process
@@ -173,7 +173,8 @@ class StopRequest:
 
 def is_lost_peer(error):
     """Whether a collective or the store failed because of another process, not of a bug here."""
-    return isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
+    kinds = RuntimeError, TimeoutError, ConnectionError  # torch < 2 has the last two
+    return isinstance(error, kinds) and bool(LOST_PEER.search(str(error)))
 
 
 def leave(code, message=None):

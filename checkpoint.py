@@ -48,15 +48,20 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def load_plain(file):
+    """torch.load to the CPU, of tensors and plain types only."""
+    if torch.__version__ < '2':  # it also ignores torch.load's pickle_module
+        torch.serialization._weights_only_unpickler = PlainUnpickler
+        PlainUnpickler.Unpickler = PlainUnpickler
+    return torch.load(file, map_location='cpu', weights_only=True)
+
+
 def load_checkpoint(path):
     """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
     if not os.path.exists(path):
         raise ValueError(f'{path}: no such file: expected a checkpoint that train.py wrote')
-    if torch.__version__ < '2':  # it also ignores torch.load's pickle_module
-        torch.serialization._weights_only_unpickler = PlainUnpickler
-        PlainUnpickler.Unpickler = PlainUnpickler
     try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        ckpt = load_plain(path)
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or no checkpoint ({type(error).__name__})'
         if 'GLOBAL' in str(error):

@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from checkpoint import load_plain
+
 # What gloo, NCCL and the store say, torch 1.13 to 2.14, when a process is gone, hangs or is not
 # there yet. torch 2 has classes for some of it, which also stand for other things.
 LOST_PEER = re.compile(
@@ -134,7 +136,7 @@ def broadcast_state(state, device):
         dist.broadcast(piece, 0)
         host.copy_(piece)
     buffer.seek(0)
-    return state if dist.get_rank() == 0 else torch.load(buffer, 'cpu', weights_only=True)
+    return state if dist.get_rank() == 0 else load_plain(buffer)
 
 
 class StopRequest:

@@ -1,7 +1,10 @@
-"""A small GPT on the characters of Shakespeare's works: the quick start, for two CPU cores.
+"""A small GPT on the characters of Shakespeare's works: the quick start, two minutes on 2 cores.
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char.py
+
+Expect a validation loss near 1.57 (nats per character). Muon and a linear decay to zero are what
+makes it fast: see RECORDS.md.
 """
 out_dir = 'out-shakespeare-char'
 init_from = 'auto'
@@ -12,18 +15,18 @@ n_head = 4
 n_embd = 128
 block_size = 128
 batch_size = 16
-gradient_accumulation_steps = 1
+gradient_accumulation_steps = 1  # 16 x 128 = 2,048 tokens per step
 
+max_iters = 1200  # x 2,048 tokens = 2.5M tokens, half of the text
+lr_decay_iters = 1200
+warmup_iters = 50
+lr_schedule = 'linear'
 optimizer = 'muon'
 learning_rate = 3e-3
-min_lr = 3e-4
-muon_learning_rate = 0.02
-max_iters = 1000
-lr_decay_iters = 1000
-warmup_iters = 50
+min_lr = 0.0
 beta2 = 0.99
 
-eval_interval = 250
+eval_interval = 300
 eval_iters = 50
 log_interval = 10
 dtype = 'float32'  # bfloat16 gains nothing at this size

@@ -26,7 +26,6 @@ dtype = 'float32'  # of the weights written: float32, bfloat16 or float16
 keep_vocab = False  # keep embeddings beyond the tokenizer's vocabulary (padded to 50304 for speed)
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 
-MODEL_FILES = ('config.json', 'generation_config.json', 'model.safetensors')
 TOKENIZER_FILES = {'vocab.json': 'encoder.json', 'merges.txt': 'vocab.bpe'}  # and OpenAI's names
 
 
@@ -51,12 +50,12 @@ def export():
     meta = ckpt.get('meta') or tokens.GPT2_META  # nanoGPT's checkpoints do not say
     if meta['vocab_size'] > padded:
         meta = {'tokenizer': 'unknown', 'vocab_size': padded}
-    ours = {*MODEL_FILES, *TOKENIZER_FILES, 'tokenizer_config.json'}
-    others = {f.name.removesuffix('.tmp') for f in folder.glob('*')} - ours
+    ours = {*TOKENIZER_FILES, 'tokenizer_config.json', 'generation_config.json', 'config.json'}
+    others = {f.name.removesuffix('.tmp') for f in folder.glob('*')} - ours - {'model.safetensors'}
     if others:  # another tokenizer or model there would be taken for this one's
         raise ValueError(f'--hf_dir={hf_dir}: has {sorted(others)[0]}, which no export wrote: '
                          'expected a new folder or an earlier export')
-    for name in ours - {'model.safetensors'}:
+    for name in ours:
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if meta['tokenizer'] == 'gpt2':
@@ -68,13 +67,14 @@ def export():
     if not model.config.bias:
         notes.append('the model has no biases: zeros are in their place')
     if meta['tokenizer'] != 'gpt2':
-        notes.append(f'no tokenizer in it: transformers has none for the {meta["tokenizer"]} '
-                     f'vocabulary of this model; give and take ids (meta in {checkpoint} says '
-                     'which character is which)')
+        notes.append(f'no tokenizer in it: transformers has none for this {meta["tokenizer"]} '
+                     f'vocabulary; give and take ids, which meta in {checkpoint} explains')
     return notes
 
 
 try:
     print(*export(), sep='\n')
-except (ValueError, OSError, SafetensorError) as error:
+except SafetensorError as error:  # what safetensors makes of an OSError
+    sys.exit(f'export.py: --hf_dir={hf_dir}: {error}')
+except (ValueError, OSError) as error:
     sys.exit(f'export.py: {error}')

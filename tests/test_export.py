@@ -508,6 +508,20 @@ def test_mistakes_end_in_one_line_and_lose_nothing(tmp_path, folder):
     assert 'file' in export(out, f'--hf_dir={tmp_path / "file"}', code=1)
 
 
+def test_a_full_disk_is_one_line_and_no_model(tmp_path):
+    resource = pytest.importorskip('resource')
+    gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)  # 3 MB
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}', code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / 'hf') in said and 'too large' in said
+    assert not (tmp_path / 'hf' / 'config.json').exists()
+    assert not list((tmp_path / 'hf').glob('model*'))  # it would keep the disk full
+
+
 # ----------------------------------------------------------------------------------------------
 # train.py, sample.py and export.py together, as users run them
 

@@ -34,6 +34,7 @@ globals().update(configurator.override(configurator.options(globals()), sys.argv
 
 try:
     device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
     if init_from == 'resume':
         ckpt = load_checkpoint(os.path.join(out_dir, checkpoint))
         model, meta = GPT.from_checkpoint(ckpt), ckpt.get('meta')
@@ -56,7 +57,7 @@ try:
 except (ValueError, OSError) as e:
     sys.exit(f'sample.py: {e}')
 
-model.eval().to(device, getattr(torch, resolve_dtype(dtype, device)))
+model.eval().to(device, getattr(torch, dtype))
 if compile:
     model.hidden = torch.compile(model.hidden, mode='reduce-overhead', dynamic=False)
 torch.manual_seed(seed)

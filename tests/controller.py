@@ -1,0 +1,181 @@
+"""A stand-in for T9k's job controller: the replicas of a manifest as processes on this machine.
+
+    with Job(manifest('job.yaml'), folder, replicas=2, options=['--device=cpu']) as job:
+        assert job.run(limit_s=60) == 'Succeeded', job.logs()
+
+Faithful to what is known of PyTorchTrainingJob: the schema of its dialect, the variables that it
+injects or the torchrun line that it assembles, restartPolicy, one backoffLimit for all replicas,
+and the verdict of the first replica. Replaced for a CPU: numbers of replicas and processes, and
+options appended to the script's. A replica that failed is started again at once, which is harder
+on the others than a new pod's seconds.
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import yaml
+from conftest import ROOT, free_port
+
+SCHEMAS = {'2023-10': 'pytorchtrainingjob.legacy-2023-10.schema.json',
+           '2023-12': 'pytorchtrainingjob.schema.json'}
+RESTARTED = (130, 137, 138, 143)  # by restartPolicy ExitCode
+
+
+def manifest(name, dialect='2023-10'):
+    """The job in a manifest, switched to the dialect as the manifest's head says, and valid."""
+    text = (ROOT / name).read_text(encoding='utf-8')
+    if dialect == '2023-12':
+        kept = [line for line in text.splitlines() if '# until 2023-10' not in line]
+        text = '\n'.join(re.sub('# (.*# since 2023-12)', r'\1', line, count=1) for line in kept)
+    job = yaml.safe_load(text)
+    schema = json.loads((ROOT / 'tests/t9k' / SCHEMAS[dialect]).read_text())
+    jsonschema.Draft202012Validator(schema).validate(job)
+    return job
+
+
+def tree(pid):
+    """pid and its descendants: what dies with a pod. torchrun's workers have their own sessions."""
+    parents = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
+        except OSError:  # it ended meanwhile
+            continue
+    found = [pid]
+    for p in found:
+        found += [child for child, parent in parents.items() if parent == p]
+    return found
+
+
+class Job:
+    """A job of `manifest`, started. Logs go to folder/<replica>.log.
+
+    phase: Running, Succeeded or Failed. ends: (replica, exit code, seconds since the start) of
+    each process that ended. restarts: how much of the backoffLimit is used up.
+    """
+
+    def __init__(self, job, folder, options=(), replicas=None, processes=None):
+        spec = job['spec']
+        replica, = spec['replicaSpecs']
+        self.container, = replica['template']['spec']['containers']
+        self.policy = replica.get('restartPolicy', 'Never')
+        self.backoff_limit = spec.get('runPolicy', {}).get('backoffLimit', 3)
+        torchrun, elastic = spec.get('torchrunConfig', {}), spec.get('elastic', {})
+        self.torchrun = torchrun if torchrun.get('enable') or torchrun.get('enabled') else None
+        if elastic.get('enabled'):
+            self.size, self.least = elastic['maxReplicas'], elastic['minReplicas']
+        else:
+            self.size = replica.get('replicas', 1)
+            self.least = torchrun.get('minNodes', self.size)
+        if replicas:
+            self.size, self.least = replicas, min(self.least, replicas)
+        self.processes = processes or torchrun.get('procPerNode')
+        self.folder, self.options, self.port = Path(folder), list(options), free_port()
+        self.phase, self.ends, self.restarts, self.began = 'Running', [], 0, time.monotonic()
+        self.pods = {}
+        for i in range(self.size):
+            self.start(i)
+
+    def command(self, i):
+        """(arguments, environment) of replica i."""
+        there = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
+        own = {e['name']: e['value'] for e in self.container.get('env', [])}
+        args = [*self.container.get('args', []), *self.options]
+        if self.torchrun is None:
+            python, *command = self.container['command']
+            assert python == 'python'
+            ranks = {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
+            return [sys.executable, *command, *args], {**there, **ranks, **own}
+        t = self.torchrun
+        return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={self.least}:{self.size}',
+                f'--nproc_per_node={self.processes}', f'--max_restarts={t["maxRestarts"]}',
+                f'--rdzv_backend={t["rdzvBackend"]}', '--role=node',
+                f'--rdzv_endpoint={there["MASTER_ADDR"]}:{there["MASTER_PORT"]}',
+                # one host for all: which of them is the first cannot be told by its address
+                '--local_addr=127.0.0.1', f'--rdzv_conf=is_host={str(i == 0).lower()}',
+                *t.get('extraOptions', []), *args], {**there, **own}
+
+    def start(self, i):
+        """Replica i in a new pod: also a node that comes (back) to an elastic job."""
+        argv, env = self.command(i)
+        inherited = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')}
+        with open(self.folder / f'{i}.log', 'ab') as log:
+            self.pods[i] = subprocess.Popen(
+                argv, env={**inherited, 'OMP_NUM_THREADS': '1', **env}, cwd=ROOT, stdout=log,
+                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def kill(self, i, signum=signal.SIGKILL):
+        """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""
+        pids = tree(self.pods[i].pid) if self.pods[i].poll() is None else []
+        for pid in pids[:1] if signum == signal.SIGTERM else pids:
+            try:
+                os.kill(pid, signum)
+            except ProcessLookupError:
+                continue
+
+    def remove(self, i):
+        """Take a node away from an elastic job: its pod is lost and not replaced."""
+        self.kill(i)
+        self.pods.pop(i).wait()
+
+    def log(self, i):
+        return (self.folder / f'{i}.log').read_text(errors='replace')
+
+    def logs(self):
+        """What a failed test shows: how each process ended, and the ends of the logs."""
+        tails = ''.join(f'\n-- {p.name}\n{p.read_text(errors="replace")[-4000:]}'
+                        for p in sorted(self.folder.glob('*.log')))
+        return f'{self.phase}, restarts {self.restarts}, ends {self.ends}{tails}'
+
+    def tick(self):
+        """See to the replicas that ended."""
+        for i, pod in sorted(self.pods.items()):
+            code = pod.poll()
+            if code is None or self.phase != 'Running':
+                continue
+            del self.pods[i]
+            code = 128 - code if code < 0 else code  # as a container tells it
+            self.ends.append((i, code, round(time.monotonic() - self.began, 1)))
+            again = {'Never': False, 'Always': True, 'OnFailure': code != 0,
+                     'ExitCode': code in RESTARTED}[self.policy]
+            if code == 0 and i == 0:
+                self.phase = 'Succeeded'
+            elif again and self.restarts < self.backoff_limit:
+                self.restarts += 1
+                self.start(i)
+            elif again or i == 0:
+                self.phase = 'Failed'
+
+    def run(self, until=lambda: False, limit_s=60):
+        """Control the job until `until()` or its end; its phase. TimeoutError after limit_s."""
+        end = time.monotonic() + limit_s
+        while self.phase == 'Running' and not until():
+            if time.monotonic() > end:
+                raise TimeoutError(f'not within {limit_s} s: {self.logs()}')
+            self.tick()
+            time.sleep(0.02)
+        return self.phase
+
+    def delete(self, grace_s=30):
+        """SIGTERM to all, as when a job is deleted or preempted; SIGKILL later. Exit codes."""
+        for i in self.pods:
+            self.kill(i, signal.SIGTERM)
+        end = time.monotonic() + grace_s
+        while time.monotonic() < end and any(pod.poll() is None for pod in self.pods.values()):
+            time.sleep(0.02)
+        return [128 - c if (c := pod.poll()) is not None and c < 0 else c
+                for _, pod in sorted(self.pods.items())]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for i, pod in self.pods.items():
+            self.kill(i)
+            pod.wait()

@@ -8,6 +8,7 @@ A script's options are the assignments at its top, `name = default  # unit and m
 import ast
 import difflib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def override(defaults, argv, script):
                 raise ValueError(f'{arg}: expected --key=value, e.g. --{key}={defaults[key]}')
             values[key] = parse(text, defaults[key], arg)
     except ValueError as e:
-        sys.exit(f'{Path(script).name}: {e}')
+        rank, many = os.environ.get('RANK'), os.environ.get('WORLD_SIZE', '1') != '1'  # a job's log: say which process it was
+        sys.exit(f'{Path(script).name}: {f"rank {rank}: " if many else ""}{e}')
     return values
 
 

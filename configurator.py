@@ -41,8 +41,9 @@ def override(defaults, argv, script):
                 raise ValueError(f'{arg}: expected --key=value, e.g. --{key}={defaults[key]}')
             values[key] = parse(text, defaults[key], arg)
     except ValueError as e:
-        rank, many = os.environ.get('RANK'), os.environ.get('WORLD_SIZE', '1') != '1'  # a job's log: say which process it was
-        sys.exit(f'{Path(script).name}: {f"rank {rank}: " if many else ""}{e}')
+        alone = os.environ.get('WORLD_SIZE', '1') == '1'  # else the log must say who it was
+        rank = '' if alone else f'rank {os.environ.get("RANK")}: '
+        sys.exit(f'{Path(script).name}: {rank}{e}')
     return values
 
 

@@ -32,8 +32,8 @@ TEXTS = ['', ' ', 'Hello world', "  we'll   it's\n\n\ttabs and  spaces \r\n", 'n
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -19,8 +19,8 @@ GPT2 = {'n_layer': 2}  # the other sizes are GPT-2's own, the defaults
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -159,7 +159,7 @@ class Job:
             if time.monotonic() > end:
                 raise TimeoutError(f'not within {limit_s} s: {self.logs()}')
             self.tick()
-            time.sleep(0.02)
+            time.sleep(0.005)
         return self.phase
 
     def delete(self, grace_s=30):

@@ -37,10 +37,11 @@ class Script:
 
     def __init__(self, argv, env=None, **popen):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
+        env.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
         self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            argv, env=env, stdout=self.files[0], stderr=self.files[1], stdin=subprocess.DEVNULL,
-            start_new_session=True, **{'cwd': ROOT, **popen})
+        popen = {'stdout': self.files[0], 'stderr': self.files[1], 'cwd': ROOT, **popen}
+        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL,
+                                        start_new_session=True, **popen)
         started.append(self)
 
     def read(self, file):

@@ -1,14 +1,23 @@
-"""checkpoint.py reads whole, nanoGPT's, damaged and evil files; test_train.py writes them."""
+"""checkpoint.py reads whole, nanoGPT's, damaged and evil files, and never leaves half a one."""
 import collections
 import io
 import os
 import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, log_of, run, start, steps_of, succeed, write_data_set
+from conftest import TINY as TINY_RUN
 
-from checkpoint import PlainUnpickler, load_checkpoint
+from checkpoint import PlainUnpickler, load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 
 TINY = {'block_size': 12, 'vocab_size': 61, 'n_layer': 3, 'n_head': 3, 'n_embd': 24}
@@ -118,3 +127,188 @@ def test_weights_that_do_not_fit_the_shape_are_named(tmp_path):
     assert 'lacks transformer.ln_f.weight:' in says(
         {name: p for name, p in good.items() if 'ln_f' not in name})
     assert 'rotary' in says(rotary=True) and 'n_layer' in says(rotary=True)
+
+
+# ----------------------------------------------------------------------------------- writing
+# Saves a state full of n, 40 MB, for each line n, in a process of its own; says when it begins
+# (with the process's id) and how it ended.
+WRITER = """
+import os, sys, torch
+from checkpoint import save_checkpoint
+for n in map(int, sys.stdin):
+    pid = os.fork()
+    if pid == 0:
+        state = {'model': {f'w{i}': torch.full((10**6,), float(n)) for i in range(10)},
+                 'model_args': {'n': n}}
+        print(os.getpid(), flush=True)
+        save_checkpoint(*sys.argv[1:2], state, *sys.argv[2:])
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def check_kills(n_kills, folder):
+    """Kill writers at n_kills moments spread over the time that a write takes; how many hit."""
+    paths = [folder / 'ckpt.pt', folder / 'best.pt']
+    writer = subprocess.Popen([sys.executable, '-c', WRITER, *paths], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True, start_new_session=True,
+                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+
+    def write(n, kill_after_s=None):
+        """The exit code of the process that saved a state full of n, and its seconds."""
+        writer.stdin.write(f'{n}\n')
+        writer.stdin.flush()
+        pid, began = int(writer.stdout.readline()), time.monotonic()
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(pid, signal.SIGKILL)
+        return int(writer.stdout.readline()), time.monotonic() - began
+
+    try:
+        code, seconds = min(write(n) for n in (1, 2, 3))
+        assert code == 0
+        held, hits, leftovers = [3, 3], 0, 0
+        for trial in range(n_kills):
+            new = 4 + trial
+            code, _ = write(new, kill_after_s=seconds * (trial + 0.5) / n_kills)
+            hits += code == -signal.SIGKILL
+            leftovers += len(list(folder.glob('*.tmp')))
+            for i, path in enumerate(paths):
+                ckpt = load_checkpoint(path)
+                assert ckpt['model_args']['n'] in (held[i], new)
+                held[i] = ckpt['model_args']['n']
+                assert len(ckpt['model']) == 10
+                assert all((w == held[i]).all() for w in ckpt['model'].values())
+            assert held[1] >= held[0]  # best.pt comes first
+        assert hits >= n_kills / 2 and leftovers > 0  # else it was not killed in the middle
+        assert write(99)[0] == 0  # over what the last kill left
+        assert sorted(path.name for path in folder.iterdir()) == ['best.pt', 'ckpt.pt']
+        assert [load_checkpoint(path)['model_args']['n'] for path in paths] == [99, 99]
+    finally:
+        os.killpg(writer.pid, signal.SIGKILL)
+        writer.communicate()
+    return hits
+
+
+def test_a_kill_at_any_moment_of_a_write_leaves_the_old_or_the_new_file(tmp_path):
+    check_kills(8, tmp_path)
+
+
+@pytest.mark.long
+def test_50_kills_spread_over_the_write_leave_the_old_or_the_new_file(tmp_path):
+    print(f'{check_kills(50, tmp_path)} of 50 kills hit a write')
+
+
+@pytest.mark.long
+def test_a_run_that_saves_at_every_step_survives_20_kills(tmp_path):
+    """A model of 3.2 million parameters, 39 MB a checkpoint: most of its time is writing."""
+    data_set, rng = write_data_set(tmp_path / 'data', meta=False), np.random.default_rng(0)
+    options = (*TINY_RUN, '--n_embd=64', f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
+               '--init_from=auto', '--checkpoint_interval=1', '--eval_interval=3')
+    iter_num, leftovers = 0, 0
+    for _ in range(20):
+        script = start('train.py', *options, '--max_iters=10000')
+        script.until(lambda script: script.last_step > iter_num + 1)  # noqa: B023, used at once
+        time.sleep(rng.random() * 0.5)
+        script.send(signal.SIGKILL)
+        assert script.wait().code == -signal.SIGKILL, script.err
+        leftovers += len(list((tmp_path / 'out').glob('*.tmp')))
+        ckpt, best = (load_checkpoint(tmp_path / 'out' / name) for name in ('ckpt.pt', 'best.pt'))
+        last = steps_of(tmp_path / 'out')[-1]['iter']
+        assert last - 1 <= ckpt['iter_num'] <= last
+        assert best['iter_num'] % 3 == 0 and ckpt['iter_num'] >= iter_num
+        iter_num = ckpt['iter_num']
+    assert leftovers > 0  # some kills hit a write
+    succeed([start('train.py', *options, f'--max_iters={iter_num + 1}')])
+    assert [e['iter'] for e in steps_of(tmp_path / 'out')] == list(range(1, iter_num + 2))
+    print(f'{leftovers} of 20 kills hit a write')
+
+
+def state_full_of(n):
+    return {'model': {'w': torch.full((10,), n)}, 'model_args': {}}
+
+
+@pytest.mark.parametrize('hard_links', [True, False])
+def test_what_a_kill_left_behind_does_no_harm(hard_links, tmp_path, monkeypatch):
+    """A link best.pt.tmp to best.pt itself is the trap: a rename onto it would do nothing."""
+    link = os.link
+    if not hard_links:
+        monkeypatch.setattr(os, 'link', lambda *paths: os.stat('/nowhere'))  # an OSError
+    path, best = str(tmp_path / 'ckpt.pt'), str(tmp_path / 'best.pt')
+    save_checkpoint(path, state_full_of(1), best)
+    assert os.path.samefile(path, best) == hard_links  # no second copy of the data
+    for leftover in (b'half a file', None):
+        (tmp_path / 'ckpt.pt.tmp').write_bytes(b'x' * 10**6)
+        if leftover:
+            (tmp_path / 'best.pt.tmp').write_bytes(leftover)
+        else:
+            link(best, f'{best}.tmp')
+        save_checkpoint(path, state_full_of(2), best)
+        assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
+        for p in (path, best):
+            assert load_checkpoint(p)['model']['w'].tolist() == [2] * 10
+    save_checkpoint(path, state_full_of(3))
+    assert [load_checkpoint(p)['model']['w'][0].item() for p in (path, best)] == [3, 2]
+
+
+def test_a_write_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    path = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(path, state_full_of(1), str(tmp_path / 'best.pt'))
+
+    def fail(fd):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(OSError, match=r'ckpt\.pt: cannot be written: .*No space left') as caught:
+        save_checkpoint(path, state_full_of(2), str(tmp_path / 'best.pt'))
+    assert '\n' not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
+    assert load_checkpoint(path)['model']['w'][0] == 1
+    with pytest.raises(OSError, match='cannot be written'):
+        save_checkpoint(str(tmp_path / 'missing' / 'ckpt.pt'), state_full_of(2))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of some bytes and returns its folder."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+
+    def mount(n_bytes):
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={n_bytes}', 'none', folder],
+                              capture_output=True, text=True) if shutil.which('mount') else None
+        if done is None or done.returncode:
+            pytest.skip('may not mount a file system')
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(['umount', folder], check=True)
+
+
+@pytest.mark.parametrize('free', [200_000, 4096, 0])
+def test_a_run_on_a_full_disk_ends_with_one_line_and_the_old_files(free, trained, data_set,
+                                                                   small_disk):
+    """Room for the log but not for a checkpoint, for the log's first lines, and for nothing."""
+    size = sum(path.stat().st_size for path in trained.rglob('*') if path.is_file())
+    disk = small_disk(size + 500_000)
+    out_dir = shutil.copytree(trained, disk / 'out')
+    names = ('ckpt.pt', 'best.pt', 'log.jsonl')
+    old = {name: (out_dir / name).read_bytes() for name in names}
+    usage = os.statvfs(disk)
+    (disk / 'filler').write_bytes(bytes(usage.f_bavail * usage.f_frsize - free))
+    done = run('train.py', *TINY_RUN, f'--dataset={data_set}', f'--out_dir={out_dir}',
+               '--init_from=resume', '--max_iters=12')
+    assert done.code == 1
+    assert re.fullmatch(r'train\.py: [^\n]*(cannot be written|No space left)[^\n]*\n', done.err), (
+        done.err)
+    assert {name: (out_dir / name).read_bytes() for name in names[:2]} == {
+        name: old[name] for name in names[:2]}
+    assert (out_dir / 'log.jsonl').read_bytes().startswith(old['log.jsonl'])
+    assert not list(out_dir.glob('*.pt.tmp'))
+    os.remove(disk / 'filler')
+    os.truncate(out_dir / 'best.pt', 0)  # make room
+    succeed([start('train.py', *TINY_RUN, f'--dataset={data_set}', f'--out_dir={out_dir}',
+                   '--init_from=resume', '--max_iters=12')])
+    assert [e['iter'] for e in log_of(out_dir) if 'loss' in e] == list(range(1, 13))

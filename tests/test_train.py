@@ -104,7 +104,7 @@ def check_gradients(cases, untrained, data_set, folder):
     for (world_size, micro_steps, grad_clip), (out_dir, scripts) in runs.items():
         succeed(scripts)
         size = 40 // world_size // micro_steps
-        assert f'({micro_steps} micro-steps of {size} x 32 per process)' in scripts[0].out
+        assert f'({micro_steps} x {size} x 32 per process)' in scripts[0].out
         [step] = steps_of(out_dir)
         assert step['loss'] == pytest.approx(loss.item(), rel=1e-5)
         assert step['grad_norm'] == pytest.approx(norm, rel=1e-5)
@@ -458,7 +458,7 @@ MISTAKES = {
     'an unknown dtype': ('--dtype=half', '--dtype=half: expected auto, float32'),
     'a start over a checkpoint':
         ('--init_from=scratch', r'{out}/ckpt\.pt exists.*--init_from=resume.*another --out_dir'),
-    'nothing to resume': ('--out_dir={ground}/new', r'no .*/ckpt\.pt.*--init_from=scratch'),
+    'nothing to resume': ('--out_dir={ground}/new', r'no .*/ckpt\.pt.*type --init_from='),
     'a start from nowhere':
         ('--init_from=nowhere --out_dir={ground}/new', 'nowhere: expected gpt2.*folder'),
     'a corrupt checkpoint': ('', r'{out}/ckpt\.pt: damaged'),

@@ -1,0 +1,170 @@
+"""sample.py as its users start it, on checkpoints that lie in a folder without their data."""
+import os
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHARS, TINY, check_help, options_in, run, start, succeed
+
+from checkpoint import load_checkpoint, save_checkpoint
+from data import tokens
+from model import GPT, GPTConfig
+
+SENTENCE = 'Ein naïver Käse 🙂, 日本語だ。\n'  # several bytes a character, some over several tokens
+
+
+def sample(out_dir, *options, **popen):
+    """The process of sample.py, on its way; it needs neither the repository's folder nor data."""
+    return start('sample.py', '--device=cpu', '--dtype=float32', f'--out_dir={out_dir}', *options,
+                 cwd=out_dir, **popen)
+
+
+def texts_of(script):
+    """The texts of a sample.py that ended well."""
+    succeed([script])
+    assert re.search(r'\d+ tokens, [\d.]+ tokens/s', script.err.splitlines()[-1]), script.err
+    *texts, rest = script.out.split('\n---------------\n')
+    assert rest == ''
+    return texts
+
+
+@pytest.fixture(scope='module')
+def alone(trained, tmp_path_factory):
+    """A folder that holds nothing but a character model's checkpoint."""
+    folder = tmp_path_factory.mktemp('alone')
+    shutil.copy(trained / 'ckpt.pt', folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def gpt2_model(tmp_path_factory):
+    """The out_dir of a run on GPT-2's tokens, in nanoGPT's .bin files, that knows SENTENCE."""
+    data_set, out_dir = tmp_path_factory.mktemp('gpt2-data'), tmp_path_factory.mktemp('gpt2-out')
+    ids = tokens.GPT2Encoding().encode(SENTENCE)
+    for split in ('train', 'val'):
+        np.array(ids * 10, '<u2').tofile(data_set / f'{split}.bin')
+    succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={out_dir}',
+                   '--max_iters=60', '--eval_interval=60', '--lr_decay_iters=60',
+                   '--learning_rate=1e-2', '--batch_size=2')])
+    return out_dir
+
+
+def test_greedy_text_is_that_of_generate_whatever_the_seed(alone, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('é日🙂', encoding='utf-8')
+    scripts = [
+        sample(alone, '--temperature=0', '--max_new_tokens=50', '--start=é日🙂', '--seed=1'),
+        sample(alone, '--temperature=0', '--max_new_tokens=50', '--start=é日🙂', '--seed=2'),
+        # Two more ways to say it: only the likeliest token is left to draw.
+        sample(alone, '--temperature=2', '--top_k=1', '--max_new_tokens=50', '--start=é日🙂'),
+        sample(alone, '--temperature=2', '--top_p=1e-9', '--top_k=0', '--max_new_tokens=50',
+               f'--start=FILE:{tmp_path}/prompt.txt', '--num_samples=2')]
+    model = GPT.from_checkpoint(load_checkpoint(alone / 'ckpt.pt')).eval()
+    prompt = torch.tensor([[CHARS.index(char) for char in 'é日🙂']])
+    [ids] = model.generate(prompt, 50, temperature=0).tolist()
+    expected = ''.join(CHARS[i] for i in ids)
+    assert [texts_of(script) for script in scripts] == [[expected]] * 3 + [[expected] * 2]
+    assert [os.listdir(alone)] == [['ckpt.pt']]
+
+
+def test_a_seed_says_which_text_and_each_sample_is_another(alone):
+    first, again, other, tail = (
+        sample(alone, *options, '--max_new_tokens=60', '--temperature=1', '--start=a')
+        for options in (['--seed=1', '--num_samples=3'], ['--seed=1', '--num_samples=3'],
+                        ['--seed=2'], ['--seed=1', '--top_k=2']))
+    texts = texts_of(first)
+    assert len(set(texts)) == 3 and all(len(t) == 61 and t[0] == 'a' for t in texts)
+    assert texts_of(again) == texts
+    assert texts_of(other)[0] not in texts
+    assert texts_of(tail)[0] not in texts
+    assert 'sample.py' not in first.err and ' 180 tokens,' in f' {first.err}'
+
+
+def test_text_arrives_while_it_is_made_in_whole_characters(gpt2_model):
+    """Each piece that arrives is valid UTF-8, though a character's bytes lie in several tokens."""
+    ids = tokens.GPT2Encoding().encode(SENTENCE)
+    assert any('\ufffd' in tokens.GPT2Encoding().decode([i]) for i in ids)  # the test could fail
+    n = 12 * len(ids)
+    read_end, write_end = os.pipe()
+    script = sample(gpt2_model, '--temperature=0', f'--max_new_tokens={n}',
+                    f'--start={SENTENCE}', stdout=write_end)
+    os.close(write_end)
+    pieces, times = [], []
+    while piece := os.read(read_end, 2**16):
+        pieces.append(piece.decode())  # fails on half a character
+        times.append(time.monotonic())
+    os.close(read_end)
+    assert script.wait().code == 0, script.err
+    text = ''.join(pieces)
+    assert text.startswith(SENTENCE) and '\ufffd' not in text
+    assert text.count(SENTENCE) > 3  # it knows it
+    assert len(pieces) > n / 10
+    stated = float(re.search(r'([\d.]+) tokens/s', script.err)[1])
+    assert times[-1] - times[0] > 0.5 * n / stated  # spread over the time that it took
+
+
+@pytest.mark.parametrize('source', ['a checkpoint', 'a folder in Hugging Face format'])
+def test_ids_beyond_the_tokenizer_are_never_drawn(source, tmp_path):
+    """A padded vocabulary whose padding is by far the likeliest."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=1, n_embd=8)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[50257:] += 5.0
+    assert model.generate(torch.tensor([[0]]), 8).min() == 0  # the prompt
+    assert model.generate(torch.tensor([[0]]), 8)[0, 1:].min() >= 50257
+    options = ['--max_new_tokens=40', '--temperature=1', '--top_k=0', '--start=Hello']
+    if source == 'a checkpoint':
+        save_checkpoint(str(tmp_path / 'ckpt.pt'),
+                        {'model': model.state_dict(), 'model_args': vars(model.config)})
+    else:
+        model.save_pretrained(tmp_path / 'folder')
+        options.append(f'--init_from={tmp_path}/folder')
+    [text] = texts_of(sample(tmp_path, *options))
+    assert text.startswith('Hello') and len(text) > 60
+    # An id without a token would be shown as a lone replacement character.
+    ids = tokens.GPT2Encoding().encode(text)
+    assert len(ids) > 20 and max(ids) < 50257 and '\ufffd\ufffd\ufffd' not in text
+
+
+MISTAKES = {  # what: (options, what the line says)
+    'no checkpoint': ('--out_dir=/nowhere', r'/nowhere/ckpt\.pt: no such file'),
+    'an unknown option': ('--topk=3', r'unknown option topk; .*top_k'),
+    'a character that it never saw': ('--start=ß', "'ß' is not among the 31 characters"),
+    'a missing prompt file': ('--start=FILE:/nowhere.txt', r'/nowhere\.txt'),
+    'an empty prompt': ('--start=', '--start='),
+    'no probability': ('--top_p=0', r'--top_p=0\.0'),
+    'less than frozen': ('--temperature=-1', r'--temperature=-1\.0'),
+    'no text': ('--num_samples=0', '--num_samples=0'),
+    'a start from nowhere': ('--init_from=nowhere', 'nowhere: expected gpt2'),
+    'an unknown dtype': ('--dtype=half', '--dtype=half: expected'),
+    'an unknown device': ('--device=gpu', '--device=gpu: expected'),
+    "a folder whose tokens are not GPT-2's": ('--init_from={folder}', 'GPT-2'),
+}
+
+
+def test_a_mistake_gets_one_line(alone, tmp_path):
+    GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=1, n_embd=8)).save_pretrained(
+        tmp_path)
+    scripts = {}
+    for what, (options, _) in MISTAKES.items():
+        scripts[what] = sample(alone, *options.format(folder=tmp_path).split())
+        if len(scripts) % 3 == 0:
+            scripts[what].wait()
+    for what, script in scripts.items():
+        assert script.wait().code == 1, what
+        assert script.out == '' and re.fullmatch(r'sample\.py: [^\n]+\n', script.err), script.err
+        assert re.search(MISTAKES[what][1], script.err), script.err
+
+
+def test_help_lists_every_option_with_its_default_and_comment():
+    assert len(options_in('sample.py')) == 13
+    check_help('sample.py')
+
+
+def test_best_pt_can_be_chosen(trained, alone):
+    done = run('sample.py', '--device=cpu', f'--out_dir={trained}', '--checkpoint=best.pt',
+               '--max_new_tokens=5')
+    assert done.code == 0 and '5 tokens, ' in done.err, done.err

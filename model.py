@@ -9,22 +9,14 @@ The architecture is that of "Language Models are Unsupervised Multitask Learners
 2019): pre-norm transformer blocks, learned positions, the embedding tied to the output head.
 Parameter names are those of OpenAI's and Hugging Face's GPT-2 checkpoints: they are an interface.
 """
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, no weights
-CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
-# What this file is, in the words of Hugging Face's config.json: written there, and asked of it.
-HF_GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
-           'n_inner': None, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
-           'add_cross_attention': False, 'tie_word_embeddings': True}
-HF_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by OpenAI
 
 
 @dataclass
@@ -241,90 +233,18 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, block_size=None, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
-        in a folder of that format. A smaller block_size cuts the positions. It takes the memory
-        of the weights and of one tensor more."""
-        from safetensors import safe_open
-
-        folder = Path(source)
-        if not (folder / 'config.json').exists():
-            folder = download(source)
-        hf = read_json(folder / 'config.json')
-        sizes = [hf.get(k) for k in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')]
-        if hf.get('n_inner') == 4 * (hf.get('n_embd') or 0):
-            hf['n_inner'] = None  # it means the same
-        for key, value in HF_GPT2.items():
-            if hf.get(key, value) != value:
-                raise ValueError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(f'{source}: config.json lacks a number for n_positions, vocab_size, '
-                             'n_layer, n_head or n_embd: expected a GPT-2')
-        if block_size is not None and block_size > sizes[0]:
-            raise ValueError(f'block_size={block_size}: expected at most {sizes[0]}, the positions '
-                             f'that {source} has')
-        files, index = [folder / 'model.safetensors'], folder / 'model.safetensors.index.json'
-        if index.exists() and not files[0].exists():
-            files = [folder / file for file in set(read_json(index).get('weight_map', {}).values())]
-        where = {}  # by our names: the file, the name in it
-        for file in files:
-            try:
-                with safe_open(file, framework='pt') as f:
-                    keys = list(f.keys())
-            except Exception as error:  # safetensors has a class of its own
-                raise ValueError(f'{file}: {error}: expected a whole safetensors file') from error
-            where.update((f'transformer.{key.removeprefix("transformer.")}', (file, key))
-                         for key in keys if not key.endswith((*MASKS, 'lm_head.weight')))
-
-        def read(name):
-            file, key = where[name]
-            with safe_open(file, framework='pt') as f:  # anew: all that it ever read stays mapped
-                tensor = f.get_tensor(key)
-            return tensor.T if name.endswith(CONV1D) else tensor
-
-        model = cls(GPTConfig(*sizes, dropout, bias=True))
-        model.fill(source, where.keys(), read)
-        if block_size is not None:
-            wpe, model.config.block_size = model.transformer.wpe, block_size
-            wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
-        return model
+        in a folder of that format. A smaller block_size cuts the positions."""
+        import pretrained  # here: to train from scratch needs none of it
+        return pretrained.read(cls, source, block_size, dropout)
 
     def save_pretrained(self, folder, dtype=None, vocab_size=None):
-        """Write the model to folder as a Hugging Face GPT-2, which `from_pretrained` reads back.
+        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, to folder.
 
         dtype is that of the file, vocab_size the number of embeddings to write; None keeps what
-        is. Biases that the model lacks become zeros: the format has no other way. config.json is
-        removed first and written last: a folder with one is whole.
+        is. Biases that the model lacks become zeros: the format has no other way.
         """
-        from safetensors.torch import save_file
-
-        c, folder = self.config, Path(folder)
-        vocab_size = c.vocab_size if vocab_size is None else vocab_size
-        if vocab_size > c.vocab_size:
-            raise ValueError(f'vocab_size={vocab_size}: expected at most the {c.vocab_size} it has')
-        tensors = {}
-        for name, p in self.named_parameters():
-            p = p.detach().to('cpu', dtype or p.dtype)
-            if name.endswith('wte.weight'):
-                p = p[:vocab_size]
-            elif not c.bias and not name.endswith('wpe.weight'):
-                tensors[name.replace('.weight', '.bias')] = torch.zeros(p.size(0), dtype=p.dtype)
-            tensors[name] = (p.T if name.endswith(CONV1D) else p).contiguous()
-        end = {f'{x}os_token_id': 50256 if vocab_size > 50256 else None for x in 'be'}
-        config = {'architectures': ['GPT2LMHeadModel'], **HF_GPT2, **end, 'vocab_size': vocab_size,
-                  'n_positions': c.block_size, 'n_ctx': c.block_size, 'n_layer': c.n_layer,
-                  'n_head': c.n_head, 'n_embd': c.n_embd,
-                  'torch_dtype': str(p.dtype).removeprefix('torch.'),
-                  **{f'{x}_pdrop': c.dropout for x in ('attn', 'embd', 'resid')}}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'config.json').unlink(missing_ok=True)
-        save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-        # Without a max_length transformers' pipeline asks for 256 tokens, past a short block_size.
-        (folder / 'generation_config.json.tmp').write_text(
-            json.dumps({**end, 'max_length': c.block_size}, indent=2))
-        (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2))
-        mode = (folder / 'config.json.tmp').stat().st_mode  # safetensors lets only the owner read
-        (folder / 'model.safetensors.tmp').chmod(mode)
-        for name in ('model.safetensors', 'generation_config.json', 'config.json'):
-            (folder / f'{name}.tmp').replace(folder / name)
+        import pretrained
+        pretrained.write(self, folder, dtype, vocab_size)
 
     # ------------------------------------------------------------------------------------------
     # generation
@@ -358,30 +278,6 @@ class GPT(nn.Module):
         """idx (B, T) continued to (B, T + max_new_tokens); see `stream` for the options."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
         return torch.cat((idx, *new), 1)
-
-
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: {error}: expected a JSON object') from error
-
-
-def download(name):
-    """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, fetched if need be."""
-    if name not in HF_SIZES:
-        raise ValueError(f'{name}: expected {", ".join(HF_SIZES)} or a folder with a config.json')
-    try:
-        from huggingface_hub import hf_hub_download
-        paths = [hf_hub_download(f'openai-community/{name}', file)
-                 for file in ('config.json', 'model.safetensors')]
-    except ImportError as error:
-        raise ValueError(f'{name}: needs the hub: pip install huggingface_hub') from error
-    except Exception as error:  # the hub and the network raise a dozen kinds
-        raise ValueError(f'{name}: not to be had from the hub ({type(error).__name__}): set '
-                         'HF_ENDPOINT to a mirror that this machine reaches, or name a folder '
-                         'that holds its config.json and model.safetensors') from error
-    return Path(paths[0]).parent
 
 
 def next_token_loss(x, weight, targets):

@@ -328,4 +328,4 @@ def test_the_model_needs_torch_alone():
             imported |= {alias.name.split('.')[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split('.')[0])
-    assert imported - set(sys.stdlib_module_names) == {'torch', 'safetensors', 'huggingface_hub'}
+    assert imported - set(sys.stdlib_module_names) == {'torch', 'pretrained'}

@@ -1,4 +1,5 @@
 """The files that outlive the process: ckpt.pt, the newest state, and best.pt, the best."""
+import io
 import os
 import pickle
 import shutil
@@ -19,7 +20,12 @@ def save_checkpoint(path, state, best_path=None):
     tmp = f'{path}.tmp'
     try:
         with open(tmp, 'wb') as f:
-            torch.save(state, f)
+            if torch.__version__ < '2':  # a write that fails in torch.save aborts the process
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                f.write(buffer.getbuffer())
+            else:
+                torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
         if best_path:

@@ -4,9 +4,11 @@ Who a process is stands in RANK, LOCAL_RANK and WORLD_SIZE; where rank 0 listens
 and MASTER_PORT. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
 """
 import io
+import itertools
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,12 +21,12 @@ import torch.distributed as dist
 
 from checkpoint import load_plain
 
-# What gloo, NCCL and the store say, torch 1.13 to 2.14, when a process is gone, hangs or is not
-# there yet. torch 2 has classes for some of it, which also stand for other things.
+# What gloo, NCCL and the store say, torch 1.13 to 2.14, when another process is gone or hangs.
+# The classes of torch 2 for it (DistBackendError, ...) also stand for mistakes.
 LOST_PEER = re.compile(
     'closed by peer|reset by peer|broken pipe|connection (was|refused|closed)|connectFullMesh|'
-    'time(d )?out|failed to (recv|send|connect|listen)|(address|socket).* in use|resol|'
-    'remote process exited|network error|nccl(Remote|System)Error', re.IGNORECASE)
+    'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
+    'communicator was aborted|nccl(Remote|System)Error', re.IGNORECASE)
 
 
 def environment():
@@ -65,6 +67,8 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
     limit.start()  # a thread, so it also ends a process that is stuck inside a call
     while True:
         try:
+            if rank > 0:  # TCPStore would print a stack trace for every attempt
+                socket.create_connection((address, port), 5).close()
             store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
             call = call_the_roll(store, rank, world_size)
             break
@@ -83,11 +87,12 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
             raise
         # One was lost after its answer. torch numbers its groups, so that after a failure a process
         # fits only others with as many: start anew in place, which costs no restart of the job's.
-        print(f'rank {rank}: lost a process while joining, once more: {error}', file=sys.stderr)
+        print(f'rank {rank}: lost a process while joining, once more: '
+              f'{str(error).splitlines()[0]}', file=sys.stderr)
         sys.stdout.flush()
         os.closerange(3, 2**12)  # the others must see gloo's sockets closed; they survive an exec
         os.execv(sys.executable, sys.orig_argv)
-    if raise_timeout:
+    if trial_s != timeout_s:
         raise_timeout(timedelta(seconds=timeout_s))
     limit.cancel()
 
@@ -108,15 +113,18 @@ def call_the_roll(store, rank, world_size):
     others = [f'rank{r}' for r in range(1, world_size)]
     for name in others:
         store.set(name, '- -')
-    while True:
+    for second in itertools.count():
         call, end = uuid.uuid4().hex, time.monotonic() + 1
         store.set('roll', call)
         while time.monotonic() < end:
             answers = [store.get(name).decode().split() for name in others]
-            if all(answer[0] == call for answer in answers):
+            missing = [name for name, answer in zip(others, answers) if answer[0] != call]
+            if not missing:
                 store.set('roll', ' '.join([call] + [answer[1] for answer in answers]))
                 return call
             time.sleep(0.02)
+        if second % 60 == 30:
+            print(f'waiting for {", ".join(missing)} of {world_size} processes', flush=True)
 
 
 def broadcast_state(state, device):

@@ -82,9 +82,23 @@ def test_a_process_lost_while_joining_holds_up_nobody(tmp_path, rank):
 
 
 @pytest.mark.long
+def test_the_first_process_says_whom_it_waits_for_and_no_other_says_a_word(tmp_path):
+    with crew(tmp_path, 3, 5, 0.01, 15, policy='Never') as job:
+        job.remove(0)
+        job.remove(2)
+        time.sleep(8)  # rank 1 finds nobody, and is patient
+        job.start(0)
+        job.run(lambda: job.log(0), limit_s=60)
+        assert job.log(0) == 'waiting for rank2 of 3 processes\n'
+        job.start(2)
+        assert job.run(limit_s=30) == 'Succeeded', job.logs()
+        assert job.log(1) == 'rank 1: from step 0\n'
+
+
+@pytest.mark.long
 @pytest.mark.parametrize('function', ['TCPStore', 'call_the_roll', 'init_process_group',
                                       'all_reduce'])
-@pytest.mark.parametrize(('size', 'rank'), [(2, 0), (2, 1), (4, 0), (4, 2), (4, 3)])
+@pytest.mark.parametrize(('size', 'rank'), [(2, 0), (2, 1), (4, 2)])
 def test_a_process_lost_anywhere_in_joining_holds_up_nobody(tmp_path, size, rank, function):
     die_and_recover(tmp_path, size, rank, function)
 
@@ -107,7 +121,7 @@ def test_kills_at_random_cost_no_step(tmp_path, seed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('seed', range(3, 23))
+@pytest.mark.parametrize('seed', range(3, 19))
 def test_many_kills_at_random_cost_no_step(tmp_path, seed):
     kill_at_random(tmp_path, seed)
 

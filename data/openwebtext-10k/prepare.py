@@ -1,6 +1,6 @@
 """The first 10,000 documents of OpenWebText, to try things: python data/openwebtext-10k/prepare.py
 
-HF_ENDPOINT names a mirror of the hub. Without a way out: --source=FOLDER with .parquet files.
+HF_ENDPOINT names a mirror of the hub; --source=FOLDER with .parquet files does without one.
 """
 import sys
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 8,013,769 documents, 9 billion tokens: 18 GB of token files out of a download of 24 GB, which the
 datasets package unpacks into another 40 GB. HF_ENDPOINT names a mirror of the hub, HF_HOME the
-folder for the download. Without a way out: --source=FOLDER with the .parquet files.
+folder for the download. --source=FOLDER with the .parquet files, downloaded in any other way, needs
+neither the hub nor the 40 GB, and gives the same tokens.
 """
 import sys
 from pathlib import Path

@@ -69,9 +69,9 @@ def differences(a, b, where=''):
 
 
 def files_of(folder):
-    """All that a run could change in a folder: names, bytes."""
-    return {path.relative_to(folder): path.read_bytes()
-            for path in sorted(Path(folder).rglob('*')) if path.is_file()}
+    """All that a run could change in a folder: names, bytes (None for a folder)."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None
+            for path in sorted(Path(folder).rglob('*'))}
 
 
 # ------------------------------------------------------------------ the same run, however shared
@@ -226,6 +226,7 @@ def run_with_cuts(rng, signals, world_size, options, out_dir):
         scripts = start_ranks(world_size, 'train.py', *options)
         scripts[0].until(lambda script, step=step: script.last_step >= step)
         time.sleep(rng.random() * 0.03)
+        reached = scripts[0].last_step
         if signum == signal.SIGKILL:  # one is lost, the others notice
             rng.choice(scripts).send(signum)
         else:
@@ -233,7 +234,7 @@ def run_with_cuts(rng, signals, world_size, options, out_dir):
                 script.send(signum)
         codes = {script.wait().code for script in scripts}
         errors = ''.join(script.err for script in scripts)
-        if codes == {0}:  # it had ended before
+        if codes == {0} and reached > 35:  # too late, it had all but ended
             continue
         hits += 1
         expected = {signal.SIGKILL: {-9, 138}, signal.SIGTERM: {143}, signal.SIGINT: {130}}[signum]
@@ -292,6 +293,16 @@ def test_a_run_cut_by_sigterm_sigkill_and_ctrl_c_equals_one_that_was_not(data_se
 def test_two_processes_with_muon_and_bfloat16_resume_exactly(data_set, tmp_path):
     check_exact_resume(random.Random(2), [signal.SIGTERM, signal.SIGKILL], 2,
                        'muon', 'bfloat16', data_set, tmp_path)
+
+
+def test_sigterm_waits_for_the_step_under_way_and_nothing_else(data_set, tmp_path):
+    """The next evaluation and checkpoint of this run are a million steps away."""
+    script = start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
+                   '--max_iters=1000000', '--eval_interval=1000000')
+    script.until(lambda script: script.last_step > 2).send(signal.SIGTERM)
+    assert script.wait(limit_s=30).code == 143, script.err
+    assert (load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter_num']
+            == steps_of(tmp_path / 'out')[-1]['iter'] == script.last_step)
 
 
 @pytest.mark.long

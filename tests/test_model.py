@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import model as model_py
-from model import GPT, GPTConfig, pick
+from model import GPT, GPTConfig, HeadLoss, next_token_loss, pick
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -98,6 +98,21 @@ def test_logits_loss_and_every_gradient_equal_transformers(shape, bias):
 
 
 @pytest.mark.skipif(not hasattr(F, 'scaled_dot_product_attention'), reason='torch has no SDPA')
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('n', [1, HeadLoss.rows, 2 * HeadLoss.rows + 3])
+def test_the_loss_without_a_second_copy_of_the_logits_is_the_plain_loss(n, dtype, tolerance):
+    torch.manual_seed(0)
+    x, weight = torch.randn(n, 48, requires_grad=True), torch.randn(300, 48, requires_grad=True)
+    targets, results = torch.randint(300, (n,)), []
+    for loss_of in (next_token_loss,
+                    lambda *args: F.cross_entropy(F.linear(*args[:2]).float(), args[2])):
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_of(x, weight, targets)
+        results.append((loss.detach(), *torch.autograd.grad(loss / 7, (x, weight))))
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).norm() <= tolerance * plain.norm()
+
+
 def test_attention_is_the_same_where_torch_has_none(monkeypatch):
     gpt = random_gpt(**TINY)
     idx = torch.randint(61, (2, 12))

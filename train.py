@@ -85,7 +85,7 @@ def lost_peers():
     """When another process was lost, rank 0 keeps the last finished step, and all restart."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # torch < 2 has TimeoutError and ConnectionError
         if world_size == 1 or not distributed.is_lost_peer(error):
             raise
         # A step's collectives come before its update: the state is that of step iter_num.

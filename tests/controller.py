@@ -53,6 +53,11 @@ def tree(pid):
     return found
 
 
+def told(code):
+    """The exit code as a container tells it: 128 + the signal's number."""
+    return 128 - code if code is not None and code < 0 else code
+
+
 class Job:
     """A job of `manifest`, started. Logs go to folder/<replica>.log.
 
@@ -140,7 +145,7 @@ class Job:
             if code is None or self.phase != 'Running':
                 continue
             del self.pods[i]
-            code = 128 - code if code < 0 else code  # as a container tells it
+            code = told(code)
             self.ends.append((i, code, round(time.monotonic() - self.began, 1)))
             again = {'Never': False, 'Always': True, 'OnFailure': code != 0,
                      'ExitCode': code in RESTARTED}[self.policy]
@@ -162,15 +167,21 @@ class Job:
             time.sleep(0.005)
         return self.phase
 
+    def last_codes(self, limit_s=30):
+        """{replica: exit code} of all, none started again; None for one that lives on so long."""
+        codes = {i: code for i, code, _ in self.ends}
+        end = time.monotonic() + limit_s
+        for i, pod in self.pods.items():
+            while pod.poll() is None and time.monotonic() < end:
+                time.sleep(0.02)
+            codes[i] = told(pod.poll())
+        return codes
+
     def delete(self, grace_s=30):
-        """SIGTERM to all, as when a job is deleted or preempted; SIGKILL later. Exit codes."""
+        """SIGTERM to all, as when a job is deleted or preempted: last_codes."""
         for i in self.pods:
             self.kill(i, signal.SIGTERM)
-        end = time.monotonic() + grace_s
-        while time.monotonic() < end and any(pod.poll() is None for pod in self.pods.values()):
-            time.sleep(0.02)
-        return [128 - c if (c := pod.poll()) is not None and c < 0 else c
-                for _, pod in sorted(self.pods.items())]
+        return self.last_codes(grace_s)
 
     def __enter__(self):
         return self

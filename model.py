@@ -317,13 +317,11 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None):
     """One token id (B, 1) drawn from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float('-inf'))
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        sorted_probs, order = probs.sort(-1, descending=True)
-        tail = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first always stays
-        probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
-    return torch.multinomial(probs, 1)
+    ids = None
+    if top_k or top_p not in (None, 1):  # the likeliest first; and few are drawn from faster
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    probs = (logits / temperature).softmax(-1)
+    if top_p not in (None, 1):
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the first always stays
+    drawn = torch.multinomial(probs, 1)
+    return drawn if ids is None else ids.gather(-1, drawn)

@@ -1,0 +1,1 @@
+"""A package, so that no other package of the name `data` can come before it."""

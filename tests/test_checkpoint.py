@@ -311,8 +311,10 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_the_old_files(free, trained
         name: old[name] for name in names[:2]}
     assert (out_dir / 'log.jsonl').read_bytes().startswith(old['log.jsonl'])
     assert not list(out_dir.glob('*.pt.tmp'))
+    if free:
+        return  # one of them is to go on when there is room again
     os.remove(disk / 'filler')
-    os.truncate(out_dir / 'best.pt', 0)  # make room
+    os.truncate(out_dir / 'best.pt', 0)
     succeed([start('train.py', *TINY_RUN, f'--dataset={data_set}', f'--out_dir={out_dir}',
                    '--init_from=resume', '--max_iters=12')])
     assert [e['iter'] for e in log_of(out_dir) if 'loss' in e] == list(range(1, 13))

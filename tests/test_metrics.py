@@ -113,7 +113,7 @@ def test_speed_is_the_mean_since_the_last_line_without_what_lay_between(tmp_path
     log.step(2, 4.0, 1e-3, 1.0)
     log.close()
     [entry] = map(json.loads, (tmp_path / 'log.jsonl').read_text().splitlines())
-    assert 50 <= entry['dt_ms'] < 90
+    assert 50 <= entry['dt_ms'] < 140  # with the evaluation: 150
     assert entry['tok_per_sec'] == pytest.approx(100 / (entry['dt_ms'] / 1000))
     assert entry['mfu'] == pytest.approx(entry['tok_per_sec'] * 50 / 1e6)
     line = capsys.readouterr().out

@@ -137,10 +137,8 @@ MISTAKES = {  # what: (options, what the line says)
     'an empty prompt': ('--start=', '--start='),
     'no probability': ('--top_p=0', r'--top_p=0\.0'),
     'less than frozen': ('--temperature=-1', r'--temperature=-1\.0'),
-    'no text': ('--num_samples=0', '--num_samples=0'),
     'a start from nowhere': ('--init_from=nowhere', 'nowhere: expected gpt2'),
     'an unknown dtype': ('--dtype=half', '--dtype=half: expected'),
-    'an unknown device': ('--device=gpu', '--device=gpu: expected'),
     "a folder whose tokens are not GPT-2's": ('--init_from={folder}', 'GPT-2'),
 }
 

@@ -455,7 +455,6 @@ MISTAKES = {
     'a word for a number': ('--n_layer=two', '--n_layer=two: expected int'),
     'a missing config file': ('config/train_gpt5.py', r'train_gpt5\.py: no such config'),
     'data not prepared': ('--dataset={ground}/unprepared', r'python .*unprepared/prepare\.py'),
-    'data that nobody knows': ('--dataset=nowhere', r'nowhere.*shakespeare_char'),
     'too few tokens': ('--dataset={ground}/short', r'train\.bin holds 32 tokens.*block_size=32'),
     'a truncated file': ('--dataset={ground}/truncated', r'train\.bin has 7,000 bytes.* 8,000'),
     'ids beyond the vocabulary':
@@ -463,24 +462,20 @@ MISTAKES = {
     'heads that do not divide the width':
         ('--init_from=scratch --out_dir={ground}/new --n_embd=33', 'n_embd=33.*n_head=2.*=34'),
     'a dropout of 1': ('--dropout=1.0', r'dropout=1\.0: expected 0 <= dropout < 1'),
-    'no heads': ('--init_from=scratch --out_dir={ground}/new --n_head=0', 'n_head=0: expected 1 '),
     'no sequences': ('--batch_size=0', '--batch_size=0: expected 1 or more'),
     'fewer than no steps': ('--max_iters=-1', '--max_iters=-1: expected 0 or more'),
     'no learning': ('--learning_rate=0', '--learning_rate=0'),
     'learning backwards': ('--learning_rate=-1', '[Ll]earning.rate.*-1'),
     'an unknown schedule': ('--lr_schedule=step', '--lr_schedule=step: expected cosine or linear'),
     'an unknown optimizer': ('--optimizer=sgd', "optimizer=sgd: expected 'adamw' or 'muon'"),
-    'an unknown dtype': ('--dtype=half', '--dtype=half: expected auto, float32'),
     'a start over a checkpoint':
         ('--init_from=scratch', r'{out}/ckpt\.pt exists.*--init_from=resume.*another --out_dir'),
     'nothing to resume': ('--out_dir={ground}/new', r'no .*/ckpt\.pt.*type --init_from='),
     'a start from nowhere':
         ('--init_from=nowhere --out_dir={ground}/new', 'nowhere: expected gpt2.*folder'),
     'a corrupt checkpoint': ('', r'{out}/ckpt\.pt: damaged'),
-    'half a checkpoint': ('', r'{out}/ckpt\.pt: damaged'),
     'a pickle bomb for a checkpoint': ('', r'{out}/ckpt\.pt: .*could run code'),
     'another shape than the checkpoint': ('--n_layer=3', r'--n_layer=3 .*n_layer=2'),
-    'another block_size than the checkpoint': ('--block_size=16', r'block_size=16 .*block_size=32'),
     'another optimizer than the checkpoint': ('--optimizer=muon', 'optimizer=muon .*adamw|no Muon'),
     'another vocabulary than the checkpoint': ('--dataset={ground}/gpt2', 'vocabulary'),
     'a loss that is not finite':
@@ -527,8 +522,6 @@ def mistaken(ground, trained, data_set):
         ckpt = out_dir / 'ckpt.pt'
         if what == 'a corrupt checkpoint':
             ckpt.write_bytes(bytes(b ^ 0x5A for b in ckpt.read_bytes()))
-        elif what == 'half a checkpoint':
-            os.truncate(ckpt, ckpt.stat().st_size // 2)
         elif what == 'a pickle bomb for a checkpoint':
             torch.save({**load_checkpoint(ckpt), 'scaler': Bomb(ground / 'exploded')}, ckpt)
         before = {name: (out_dir / name).read_bytes() for name in ('ckpt.pt', 'best.pt')}

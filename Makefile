@@ -8,7 +8,7 @@ OUT = out-shakespeare-char
 
 .PHONY: train test test-long test-torch1 bench clean
 
-train: $(VENV)/run $(CHAR)/meta.json
+train: $(CHAR)/meta.json
 	$(PY) train.py config/train_shakespeare_char.py
 	$(PY) sample.py --out_dir=$(OUT) --max_new_tokens=500
 	@echo "checkpoint: $(OUT)/ckpt.pt  curves: $(OUT)/log.jsonl, tensorboard --logdir=$(OUT)"
@@ -23,7 +23,7 @@ test-long: $(VENV)/dev
 # The oldest torch that job_torch1.yaml's image has; it wants Python 3.10 or 3.11, and numpy 1.
 OLD = .venv-torch1
 OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
-OLD_TESTS = tests/test_train.py tests/test_sample.py tests/test_checkpoint.py
+OLD_TESTS = $(addprefix tests/test_,train.py sample.py checkpoint.py configurator.py metrics.py hardware.py)
 
 test-torch1: $(OLD)/run
 	$(OLD)/bin/python -m pytest -m "not long" $(OLD_TESTS)
@@ -38,7 +38,8 @@ $(OLD)/run: Makefile
 bench: $(VENV)/run
 	$(PY) bench.py
 
-$(CHAR)/meta.json: $(VENV)/run $(CHAR)/prepare.py data/tokens.py
+# A text of one's own, put there as input.txt, is prepared anew when it changes.
+$(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
 	$(PY) $(CHAR)/prepare.py
 
 $(VENV)/run: requirements.txt constraints.txt

@@ -117,7 +117,7 @@ class Job:
 
     def kill(self, i, signum=signal.SIGKILL):
         """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""
-        pids = tree(self.pods[i].pid) if self.pods[i].poll() is None else []
+        pids = tree(self.pods[i].pid) if i in self.pods and self.pods[i].poll() is None else []
         for pid in pids[:1] if signum == signal.SIGTERM else pids:
             try:
                 os.kill(pid, signum)

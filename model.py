@@ -84,9 +84,10 @@ class CausalSelfAttention(nn.Module):
         if past is not None:
             keys, values, n = past
             keys[:, :, n:n + T], values[:, :, n:n + T] = k, v
-            k, v = keys[:, :, :n + T], values[:, :, :n + T]
+            q, k, v = q.to(keys.dtype), keys[:, :, :n + T], values[:, :, :n + T]
         y = attention(q, k, v, causal=T > 1, dropout=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y if past is None else y.to(x.dtype)))
 
 
 class MLP(nn.Module):
@@ -250,10 +251,14 @@ class GPT(nn.Module):
     # generation
 
     def new_cache(self, B):
-        """Room for the keys and values of block_size positions, for each layer."""
+        """Room for the keys and values of block_size positions, for each layer.
+
+        float32 on a CPU: its attention of one query in bfloat16 takes three times as long.
+        """
         c, weight = self.config, self.lm_head.weight
+        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
         shape = (c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        return torch.empty(shape, dtype=dtype, device=weight.device)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):

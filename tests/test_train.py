@@ -171,6 +171,17 @@ def test_losses_are_the_same_in_all_combinations(optimizer, dtype, data_set, tmp
     check_losses((1, 2, 4), optimizer, dtype, tolerance, data_set, tmp_path)
 
 
+@pytest.mark.skipif(torch.__version__ < '2', reason="torch 1.13's gloo cannot add bfloat16")
+def test_compressed_gradients_train_as_whole_ones_do(data_set, tmp_path):
+    losses = []
+    for compress in (False, True):
+        succeed(start_ranks(2, 'train.py', *TINY, f'--dataset={data_set}', '--max_iters=20',
+                            f'--out_dir={tmp_path}/{compress}', f'--grad_compress={compress}'))
+        losses.append([e['loss'] for e in steps_of(tmp_path / str(compress))])
+    assert losses[1] == pytest.approx(losses[0], abs=5e-3)
+    assert losses[1][1:] != losses[0][1:], 'bfloat16 rounds: it cannot be the very same run'
+
+
 def test_every_step_sees_the_tokens_of_its_number(untrained, data_set, tmp_path):
     """With a learning rate of nearly 0, a step's loss tells which sequences it saw: 20 steps of two
     processes under torchrun, stopped after 7 and gone on with, against the offsets of DESIGN.md."""

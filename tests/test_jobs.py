@@ -232,6 +232,8 @@ def lose(replica, phase, seed, folder, data_set, undisturbed):
         job.run(lambda: (0, 138) in [end[:2] for end in job.ends], limit_s)
         if job.phase == 'Running':  # rank 0 lives: it saved its last finished step
             assert load_checkpoint(folder / 'out/ckpt.pt')['iter_num'] == last_entry(folder)['iter']
+        else:  # nobody asked for a restart: rank 0 was lost itself, or had not begun, or was done
+            assert replica == 0 or step == -1 or step == STEPS, job.logs()
         assert job.run(limit_s=limit_s) == 'Succeeded', job.logs()
         resumed = re.findall(r'steps (\d+) to', job.log(0))[-1]
         if replica == 0 and len(job.ends) > 2:  # no more is lost than since the last checkpoint

@@ -116,8 +116,9 @@ with user_errors():
                  'gradient_accumulation_steps', 'dist_timeout'):
         check(config[name] >= 1, f'--{name}={config[name]}: expected 1 or more')
     check(learning_rate > 0, f'--learning_rate={learning_rate}: expected more than 0')
-    check(lr_schedule in ('cosine', 'linear'),
-          f'--lr_schedule={lr_schedule}: expected cosine or linear')
+    for name, known in (('lr_schedule', ('cosine', 'linear')), ('compile', ('auto', True, False)),
+                        ('backend', ('auto', 'nccl', 'gloo'))):
+        check(config[name] in known, f'--{name}={config[name]}: expected one of {known}')
     sequences = batch_size * gradient_accumulation_steps  # one step's, over all processes
     check(sequences % world_size == 0,
           f'{world_size} processes cannot share batch_size {batch_size} x '

@@ -43,6 +43,7 @@ def check_sums(job, folder, steps):
 def test_the_environment_says_who_a_process_is(monkeypatch, variables, expected):
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('MASTER_PORT', '29500')
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed.environment() == expected
@@ -50,8 +51,9 @@ def test_the_environment_says_who_a_process_is(monkeypatch, variables, expected)
 
 @pytest.mark.parametrize(('name', 'value'), [
     ('RANK', 'one'), ('RANK', '-1'), ('RANK', '2'), ('LOCAL_RANK', ''), ('WORLD_SIZE', '2.0'),
-    ('WORLD_SIZE', '0')])
+    ('WORLD_SIZE', '0'), ('WORLD_SIZE', '2')])  # the last: where rank 0 listens is not said
 def test_nonsense_in_the_environment_is_named(monkeypatch, name, value):
+    monkeypatch.delenv('MASTER_PORT', raising=False)
     for n, v in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', name: value}.items():
         monkeypatch.setenv(n, v)
     with pytest.raises(ValueError, match=f'{name}={value}') as error:

@@ -477,7 +477,7 @@ MISTAKES = {
     'fewer than no steps': ('--max_iters=-1', '--max_iters=-1: expected 0 or more'),
     'no learning': ('--learning_rate=0', '--learning_rate=0'),
     'learning backwards': ('--learning_rate=-1', '[Ll]earning.rate.*-1'),
-    'an unknown schedule': ('--lr_schedule=step', "--lr_schedule=step: expected.*'cosine', 'linear'"),
+    'an unknown schedule': ('--lr_schedule=step', "lr_schedule=step: expected.*'cosine', 'linear'"),
     'compiling perhaps': ('--compile=maybe', "--compile=maybe: expected.*'auto', True, False"),
     'an unknown backend': ('--backend=mpi', "--backend=mpi: expected.*'nccl', 'gloo'"),
     'an unknown optimizer': ('--optimizer=sgd', "optimizer=sgd: expected 'adamw' or 'muon'"),

@@ -97,4 +97,6 @@ def open_bar(iter_num, max_iters):
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=max_iters, initial=iter_num, unit='step') if sys.stderr.isatty() else None
+    # A Notebook's `!python train.py` runs on a terminal of its own, whose redraws fill the cell.
+    watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ
+    return tqdm(total=max_iters, initial=iter_num, unit='step') if watched else None

@@ -248,8 +248,9 @@ def write_documents(folder, documents, workers):
 
     tokens.remove_dataset(folder)  # now, so that the old tokens and the new are never both there
     began, row, n_bytes = time.perf_counter(), 0, 0
+    watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ  # a Notebook's is no such
     with contextlib.ExitStack() as stack, tqdm(
-            total=n, unit=' documents', mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+            total=n, unit=' documents', mininterval=0.5 if watched else 30) as bar:
         files = [stack.enter_context(open(part, 'wb', buffering=2 ** 16)) for part in parts]
         for ids, batch_lengths, batch_bytes in tokenize(documents, workers):
             rows = slice(row, row + len(batch_lengths))

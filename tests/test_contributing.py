@@ -3,7 +3,6 @@ import re
 import shutil
 
 from conftest import ROOT, evaluations_of, succeed
-
 from conftest import start as start_script
 
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')

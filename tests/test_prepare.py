@@ -370,7 +370,10 @@ def test_the_hub_is_asked_for_these_files(repo, tmp_path, monkeypatch, name, fil
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--workers=2'])
     monkeypatch.setattr(sys, 'path', list(sys.path))
     runpy.run_path(str(repo / 'data' / name / 'prepare.py'), run_name='__main__')
-    assert calls == [(('parquet',), {'split': 'train', 'data_files': files})]
+    [(arguments, options)] = calls
+    assert not options.pop('fragment_scan_options').pre_buffer  # else it takes a file at a time
+    assert arguments == ('parquet',)
+    assert options == {'split': 'train', 'data_files': files, 'batch_size': 100}
     train, val, meta = read(repo, name)
     assert (train, val) == as_nanogpt(texts) and meta['source'] == files
 

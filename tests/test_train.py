@@ -34,6 +34,7 @@ from conftest import (
 )
 
 from checkpoint import load_checkpoint
+from data import tokens
 from model import GPT, GPTConfig
 
 has_muon = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 2.9 has no Muon')
@@ -360,6 +361,13 @@ def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(tmp_path):
                 'config': {'dataset': 'openwebtext', 'wandb_log': False, 'learning_rate': 6e-4,
                            'decay_lr': True, 'beta2': 0.95, 'compile': True}},
                tmp_path / 'out' / 'ckpt.pt')
+
+    encoding = tokens.encoding(tokens.GPT2_META)
+    idx = torch.tensor([encoding.encode('Hello')])
+    done = run('sample.py', f'--out_dir={tmp_path}/out', '--start=Hello', '--max_new_tokens=6',
+               '--temperature=0', '--device=cpu', '--dtype=float32')
+    assert done.code == 0, done.err
+    assert done.out.startswith(encoding.decode(model.generate(idx, 6, 0, None, None, 50257)[0]))
 
     done = run('train.py', *TINY, '--init_from=resume', f'--dataset={data_set}', '--n_embd=16',
                f'--out_dir={tmp_path}/out', '--max_iters=4', '--min_lr=3e-3', '--warmup_iters=0')

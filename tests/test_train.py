@@ -580,7 +580,7 @@ def test_the_pickle_bomb_did_not_explode(mistaken, ground):
 def test_a_process_count_that_does_not_divide_the_batch_is_refused(data_set, tmp_path):
     done = run('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
                '--batch_size=6', '--gradient_accumulation_steps=2',
-               env={'WORLD_SIZE': '5', 'RANK': '3'})
+               env={'WORLD_SIZE': '5', 'RANK': '3', 'MASTER_PORT': '29500'})
     assert done.code == 1 and re.fullmatch(
         r'train\.py: rank 3: 5 processes cannot .* = 12 sequences.*: 1, 2, 3, 4, 6, 12\n', done.err)
 

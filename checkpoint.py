@@ -18,7 +18,16 @@ def save_checkpoint(path, state, best_path=None):
     links. OSError if the file cannot be written; what was there before stands.
     """
     tmp = f'{path}.tmp'
+
+    def sweep():
+        for leftover in {tmp, f'{best_path or path}.tmp'}:
+            if os.path.exists(leftover):
+                os.remove(leftover)
+
     try:
+        # A killed save may have left links: writing to one would write into best.pt itself, and
+        # renaming one onto its own file would leave it behind.
+        sweep()
         with open(tmp, 'wb') as f:
             if torch.__version__ < '2':  # a write that fails in torch.save aborts the process
                 buffer = io.BytesIO()
@@ -29,9 +38,6 @@ def save_checkpoint(path, state, best_path=None):
             f.flush()
             os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
         if best_path:
-            # Renaming a link onto its own file would leave it behind: start without one.
-            if os.path.exists(f'{best_path}.tmp'):
-                os.remove(f'{best_path}.tmp')
             try:
                 os.link(tmp, f'{best_path}.tmp')
             except OSError:  # a file system without hard links
@@ -39,9 +45,7 @@ def save_checkpoint(path, state, best_path=None):
             os.replace(f'{best_path}.tmp', best_path)
         os.replace(tmp, path)  # a pod can be killed mid-save; a rename is all or nothing
     except (OSError, RuntimeError) as e:  # torch.save may wrap an OSError of the file
-        for leftover in (tmp, f'{best_path}.tmp'):
-            if os.path.exists(leftover):
-                os.remove(leftover)  # it would keep a full disk full
+        sweep()  # it would keep a full disk full
         raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
 
 

@@ -256,6 +256,23 @@ def test_what_a_kill_left_behind_does_no_harm(hard_links, tmp_path, monkeypatch)
     assert [load_checkpoint(p)['model']['w'][0].item() for p in (path, best)] == [3, 2]
 
 
+def test_a_kill_between_the_two_renames_and_one_in_the_next_write_leave_best(tmp_path, monkeypatch):
+    """After the first, ckpt.pt.tmp is a link to best.pt: nothing may be written into it."""
+    path, best = str(tmp_path / 'ckpt.pt'), str(tmp_path / 'best.pt')
+    save_checkpoint(path, state_full_of(1), best)
+    os.link(best, f'{path}.tmp')
+
+    def killed(state, file):
+        file.write(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, state_full_of(2), best)
+    for p in (path, best):
+        assert load_checkpoint(p)['model']['w'].tolist() == [1] * 10
+
+
 def test_a_write_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     path = str(tmp_path / 'ckpt.pt')
     save_checkpoint(path, state_full_of(1), str(tmp_path / 'best.pt'))

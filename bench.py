@@ -155,7 +155,7 @@ def measure_save(plain):
                 f.write(content)
                 os.fsync(f.fileno())
 
-        s = seconds(write if plain else lambda: save_checkpoint(path, state), 2, 0)
+        s = seconds(write if plain else lambda: save_checkpoint(path, state), 3)
     return {f's per {len(content) / 1e9:.2f} GB': s}
 
 

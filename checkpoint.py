@@ -10,6 +10,10 @@ import torch
 from data.tokens import GPT2_META
 from model import GPT, MASKS
 
+if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
+    # torch.load never looks at the checksums, and they take as long as the writing.
+    torch.serialization.set_crc32_options(False)
+
 
 def save_checkpoint(path, state, best_path=None):
     """Write `state` (tensors and plain types only) so that neither file is ever half written.

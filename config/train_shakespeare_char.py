@@ -29,4 +29,3 @@ beta2 = 0.99
 eval_interval = 300
 eval_iters = 50
 log_interval = 10
-dtype = 'float32'  # bfloat16 gains nothing at this size

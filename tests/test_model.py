@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import model as model_py
-from model import GPT, GPTConfig, HeadLoss, next_token_loss, pick
+from model import GPT, GPTConfig, HeadLoss, attention, next_token_loss, pick
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -120,6 +120,25 @@ def test_attention_is_the_same_where_torch_has_none(monkeypatch):
     monkeypatch.delattr(F, 'scaled_dot_product_attention')
     assert_close(gpt(idx)[0], fused, 'logits', 1e-5)
     assert torch.equal(gpt.generate(idx[:, :3], 15, temperature=0), greedy)
+
+
+@pytest.mark.parametrize('T', [2, 7, 256, 257])
+def test_attention_in_bfloat16_is_near_that_in_float32(T, monkeypatch):
+    calls = []
+    if hasattr(F, 'scaled_dot_product_attention'):
+        fused = F.scaled_dot_product_attention
+        monkeypatch.setattr(F, 'scaled_dot_product_attention',
+                            lambda *args, **options: calls.append(T) or fused(*args, **options))
+    qkv, results = torch.randn(3, 2, 4, T, 16), []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (x.to(dtype).requires_grad_() for x in qkv)
+        y = attention(q, k, v, causal=T > 1, dropout=0.0)
+        assert y.dtype == dtype
+        results.append((y, *torch.autograd.grad(y.float().cos().sum(), (q, k, v))))
+        if dtype == torch.bfloat16 and torch.__version__ >= '2':
+            assert len(calls) == (T > 256)  # slow there: see attention
+    for low, high in zip(*results, strict=True):
+        assert (low - high).norm() <= 0.02 * high.norm() + 1e-6
 
 
 def test_a_token_never_sees_the_future():

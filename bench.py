@@ -27,7 +27,7 @@ from hardware import peak_flops, resolve_device, resolve_dtype
 from model import GPT, GPTConfig
 
 cases = 'step loader sample save'  # which rows to measure: any of step, loader, sample, save
-rounds = 3  # runs of each side
+rounds = 2  # runs of each side
 steps = 3  # timed training steps in a run, after two that warm up
 batch_size = 0  # sequences per step; 0: 12 on a GPU, 4 on a CPU
 block_size = 0  # tokens per sequence; 0: 1024 on a GPU, 256 on a CPU

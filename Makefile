@@ -23,7 +23,7 @@ test-long: $(VENV)/dev
 # The oldest torch that job_torch1.yaml's image has; it wants Python 3.10 or 3.11, and numpy 1.
 OLD = .venv-torch1
 OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
-OLD_TESTS = $(addprefix tests/test_,train.py sample.py checkpoint.py configurator.py metrics.py hardware.py)
+OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py metrics.py hardware.py)
 
 test-torch1: $(OLD)/run
 	$(OLD)/bin/python -m pytest -m "not long" $(OLD_TESTS)

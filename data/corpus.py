@@ -35,6 +35,8 @@ WINDOW_BYTES = 2 ** 27  # of text, whose tokens are put in order at once in memo
 def preparing(folder):
     """Around the work of a prepare script: no .tmp file outlives it, mistakes end in one line."""
     def sweep():
+        if Path(folder, 'meta.json.tmp').exists():  # cut short between the renames
+            tokens.remove_dataset(folder)
         for path in Path(folder).glob('*.tmp'):
             path.unlink()
 
@@ -211,12 +213,20 @@ def tokenize(documents, workers):
                                      RecursionError):
                 texts.append(documents.text(row))
                 good[i] = True
-        if any(tokens.EOT in text for text in texts):  # there it is text, not the special token
-            lists = [[*own.encoding.encode_ordinary(text), encoding.eot_token] for text in texts]
+        ids = None
+        if not any(tokens.EOT in text for text in texts):
+            with contextlib.suppress(ValueError):  # a million blanks in a row are too many for it
+                ids = own.encoding.encode_to_numpy(
+                    ''.join(text + tokens.EOT for text in texts), allowed_special='all')
+        if ids is None:  # one by one: <|endoftext|> in a text is text, and one bad text is one
+            lists = []
+            for i, text in zip(np.flatnonzero(good), texts, strict=True):
+                good[i] = False
+                with contextlib.suppress(ValueError):
+                    lists.append([*own.encoding.encode(text, disallowed_special=()),
+                                  encoding.eot_token])
+                    good[i] = True
             ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint16)
-        else:  # the same in one call
-            ids = own.encoding.encode_to_numpy(
-                ''.join(text + tokens.EOT for text in texts), allowed_special='all')
         lengths = np.zeros(len(rows), np.uint32)
         lengths[good] = np.diff(np.flatnonzero(ids == encoding.eot_token), prepend=-1)
         return ids.astype(np.uint16), lengths, sum(len(row or b'') for row in rows)

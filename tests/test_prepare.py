@@ -254,6 +254,33 @@ def test_bad_documents_are_counted_and_skipped_or_an_error_if_all_are(repo, tmp_
     assert 'not one of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
 
 
+def test_one_text_that_the_tokenizer_refuses_is_one_bad_document(repo, tmp_path):
+    texts = some_texts(30)
+    texts[7] = ' ' * 10**6 + 'x'
+    for more in ('', tokens.EOT):  # one by one, too
+        texts[9] += more
+        source = write_parquet(tmp_path / 'a.parquet', texts)
+        done = prepare(repo, 'openwebtext', f'--source={source}')
+        assert done.returncode == 0, done.stderr
+        assert 'skipped 1 bad documents' in done.stdout and 'number 8\n' in done.stdout
+        order = [i for i in np.random.default_rng(2357).permutation(30) if i != 7]
+        assert order[0] != 7
+        expected = [[*bpe().encode(texts[i], disallowed_special=()), EOT] for i in order[1:]]
+        assert read(repo, 'openwebtext')[0] == [i for ids in expected for i in ids]
+
+
+def test_a_prepare_cut_short_between_its_renames_leaves_no_half_data_set(tmp_path):
+    """Without meta.json, the ids of characters would be taken for GPT-2's."""
+    for kept in (['train.bin', 'meta.json.tmp'], ['train.bin', 'val.bin', 'meta.json.tmp']):
+        for name in kept:
+            (tmp_path / name).write_bytes(b'\1\0')
+        with corpus.preparing(tmp_path):
+            assert not list(tmp_path.iterdir())  # what was left by a kill
+            for name in kept:
+                (tmp_path / name).write_bytes(b'\1\0')
+        assert not list(tmp_path.iterdir())
+
+
 def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_path):
     good = write_parquet(tmp_path / 'good.parquet', some_texts(3000), compression='zstd')
     whole = good.read_bytes()

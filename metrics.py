@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 
 
 class Log:
@@ -23,10 +24,14 @@ class Log:
             return
         path, kept = os.path.join(out_dir, 'log.jsonl'), []
         if os.path.isfile(path):
-            with open(path, encoding='utf-8') as f:  # a kill can leave half a line at the end
-                entries = [json.loads(line) for line in f if line.endswith('}\n')]
-            kept = [e for e in entries if e['iter'] < iter_num
-                    or e['iter'] == iter_num and ('loss' in e or evaluated)]
+            with open(path, encoding='utf-8', errors='replace') as f:
+                for line in f:
+                    # A kill can leave half a line, a crash of the node any bytes.
+                    with suppress(ValueError, TypeError, KeyError):
+                        entry = json.loads(line)
+                        if entry['iter'] < iter_num or (
+                                entry['iter'] == iter_num and ('loss' in entry or evaluated)):
+                            kept.append(entry)
         with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(e) + '\n' for e in kept)
         os.replace(f'{path}.tmp', path)

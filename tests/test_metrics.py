@@ -65,6 +65,18 @@ def test_half_a_line_at_the_end_is_left_out(lost, tmp_path):
     assert told(tmp_path) == WHOLE
 
 
+@pytest.mark.parametrize('damage', [b'\0' * 30, b'\xff\xfe\n', b'{"iter": 3, "l{"iter": 9}\n',
+                                    b'7\n', b'[]\n', b'{"loss": 1}\n', b'\n'])
+def test_damage_in_the_middle_costs_no_other_line(damage, tmp_path):
+    """As a crash of the node can leave it: a run must go on all the same."""
+    write_run(tmp_path, last=5)
+    path = tmp_path / 'log.jsonl'
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b''.join([*lines[:4], damage.ljust(len(damage) + 1, b'\n'), *lines[4:]]))
+    write_run(tmp_path, start=4, evaluated=True, last=6)
+    assert told(tmp_path) == WHOLE
+
+
 def test_each_line_is_on_disk_when_it_is_told(tmp_path):
     log = make(tmp_path)
     log.step(1, 4.0, 1e-3, 1.0)

@@ -39,7 +39,9 @@ def environment():
         values.append(int(text))
     if values[0] >= values[2]:
         raise ValueError(f'RANK={values[0]}: expected less than WORLD_SIZE={values[2]}')
-    if values[2] > 1 and not os.environ.get('MASTER_PORT', '').isdecimal():
+    port = os.environ.get('MASTER_PORT', '')
+    if values[2] > 1 and not ('MASTER_ADDR' in os.environ and port.isdecimal()
+                              and 0 < int(port) < 2**16):
         raise ValueError(f'WORLD_SIZE={values[2]}: expected MASTER_ADDR and MASTER_PORT beside it, '
                          'e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
     return tuple(values)

@@ -25,7 +25,7 @@ def resolve_device(device, local_rank=0):
     mps = getattr(torch.backends, 'mps', None)
     there = {'cuda': torch.cuda.is_available(), 'mps': mps is not None and mps.is_available(),
              'cpu': True}
-    kind, _, index = device.partition(':')
+    kind, _, index = str(device).partition(':')  # --device=true is a bool
     if device == 'auto':
         kind = next(k for k, ok in there.items() if ok)
     if kind not in there or not (index == '' or kind == 'cuda' and index.isdigit()):

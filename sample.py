@@ -50,8 +50,8 @@ try:
             start = f.read()
     prompt = encoding.encode(start)
     for name, ok in (('num_samples', num_samples > 0), ('max_new_tokens', max_new_tokens >= 0),
-                     ('temperature', temperature >= 0), ('top_k', top_k >= 0),
-                     ('top_p', 0 < top_p <= 1), ('start', len(prompt) > 0)):
+                     ('temperature', temperature == 0 or temperature >= 1e-4),
+                     ('top_k', top_k >= 0), ('top_p', 0 < top_p <= 1), ('start', len(prompt) > 0)):
         if not ok:
             raise ValueError(f'--{name}={globals()[name]!r}: expected more; --help says what')
 except (ValueError, OSError) as e:

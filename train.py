@@ -88,8 +88,9 @@ def lost_peers():
     except (RuntimeError, OSError) as error:  # torch < 2 has TimeoutError and ConnectionError
         if world_size == 1 or not distributed.is_lost_peer(error):
             raise
-        # A step's collectives come before its update: the state is that of step iter_num.
-        if is_main and iter_num != saved_iter:
+        # A step's collectives come before its update: the state is that of step iter_num. But a
+        # step whose numbers were not read yet, as on CUDA, may be a bad one.
+        if is_main and iter_num != saved_iter and not reports:
             save()
         distributed.leave(stop.exit_code or 138, f'train.py: rank {rank}: step {iter_num}: another '
                           f'process was lost: {str(error).splitlines()[0]}')
@@ -103,6 +104,7 @@ def check(ok, message):
 # ----------------------------------------------------------------------------- distributed
 # Nothing joins yet: all that a user can get wrong is found first, by each process, in seconds.
 rank, world_size, iter_num, saved_iter = 0, 1, 0, 0
+reports = []  # of steps whose numbers were not read yet
 stop = distributed.StopRequest()  # SIGTERM, Ctrl-C
 with user_errors():
     rank, local_rank, world_size = distributed.environment()
@@ -110,7 +112,8 @@ with user_errors():
     device = resolve_device(device, local_rank)
     device_type = torch.device(device).type
     amp_dtype = resolve_dtype(dtype, device)
-    for name in ('max_iters', 'warmup_iters', 'checkpoint_interval', 'seed'):
+    for name in ('max_iters', 'warmup_iters', 'checkpoint_interval', 'seed', 'grad_clip', 'min_lr',
+                 'weight_decay', 'muon_learning_rate'):
         check(config[name] >= 0, f'--{name}={config[name]}: expected 0 or more')
     for name in ('eval_interval', 'eval_iters', 'log_interval', 'block_size', 'batch_size',
                  'gradient_accumulation_steps', 'dist_timeout'):
@@ -119,6 +122,9 @@ with user_errors():
     for name, known in (('lr_schedule', ('cosine', 'linear')), ('compile', ('auto', True, False)),
                         ('backend', ('auto', 'nccl', 'gloo'))):
         check(config[name] in known, f'--{name}={config[name]}: expected one of {known}')
+    check(backend != 'nccl' or device_type == 'cuda', '--backend=nccl needs CUDA: type '
+          '--backend=auto')
+    check(seed < 2**63, f'--seed={seed}: expected less than 2**63')
     sequences = batch_size * gradient_accumulation_steps  # one step's, over all processes
     check(sequences % world_size == 0,
           f'{world_size} processes cannot share batch_size {batch_size} x '
@@ -292,7 +298,7 @@ with user_errors(OSError):
                 f'{", compiled" if compiled else ""}; {sequences * block_size:,} tokens a step '
                 f'({micro_steps} x {share // micro_steps} x {block_size} per process); '
                 f'{"evaluating" if eval_only else f"steps {iter_num:,} to {max_iters:,}"}')
-first_iter, exit_code, reports = iter_num, None, []  # reports: of steps not read yet
+first_iter, exit_code = iter_num, None
 saved_iter = iter_num if eval_only or os.path.isfile(ckpt_path) else -1
 with user_errors(OSError), lost_peers():
     stop.arm()  # from here on a signal waits for the end of the step
@@ -348,8 +354,12 @@ with user_errors(OSError), lost_peers():
         report = torch.cat((loss_sum / world_size, stop.votes(device)))
         if ddp:  # before the optimizer's step: whoever passes here takes the step too
             torch.distributed.all_reduce(report)
+        # The scaler skips a step for the optimizer whose own gradients are infinite; clipping has
+        # spread that to all.
+        skip = scaler.is_enabled() and len(optimizers) > 1 and not grad_norm.isfinite()
         for o in optimizers:
-            scaler.step(o)
+            if not skip:
+                scaler.step(o)
             o.zero_grad(set_to_none=True)
         scaler.update()
         iter_num, val_loss = iter_num + 1, None

@@ -43,6 +43,7 @@ def check_sums(job, folder, steps):
 def test_the_environment_says_who_a_process_is(monkeypatch, variables, expected):
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
     monkeypatch.setenv('MASTER_PORT', '29500')
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -59,6 +60,17 @@ def test_nonsense_in_the_environment_is_named(monkeypatch, name, value):
     with pytest.raises(ValueError, match=f'{name}={value}') as error:
         distributed.environment()
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('given', [{'MASTER_PORT': '29500'}, {'MASTER_ADDR': '127.0.0.1'},
+                                   {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '65536'}])
+def test_a_meeting_point_that_is_none_is_named(monkeypatch, given):
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '2', **given}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match='WORLD_SIZE=2: expected MASTER_ADDR and MASTER_PORT'):
+        distributed.environment()
 
 
 def test_a_process_alone_joins_nobody(monkeypatch):

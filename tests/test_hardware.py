@@ -63,7 +63,7 @@ def test_a_device_that_is_not_there_is_refused(machine):
 
 
 @pytest.mark.parametrize('name', ['', 'gpu', 'cuda:', 'cuda:x', 'cuda:-1', 'cpu:0', 'cuda:0:1',
-                                  'CUDA', ':', 'xpu'])
+                                  'CUDA', ':', 'xpu', True])
 def test_a_name_that_is_none_is_refused(name, machine):
     machine(['A100'])
     if name == 'cuda:':  # as good as cuda

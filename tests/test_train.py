@@ -404,6 +404,10 @@ def test_a_run_makes_exactly_max_iters_steps_evaluates_saves_and_can_be_extended
     before = files_of(out_dir)
     again = run('train.py', *options, '--max_iters=7')
     assert again.code == 0 and 'done: 7 steps' in again.out, again.err
+    # The first of two, started again after the end, does not wait for the other.
+    first = run('train.py', *options, '--max_iters=7', env={
+        'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '9'})
+    assert first.code == 0 and 'has all its 7 steps' in first.out, first.err
     after = files_of(out_dir)
     assert {p: b for p, b in after.items() if 'tb' not in p.parts} == {
         p: b for p, b in before.items() if 'tb' not in p.parts}
@@ -464,6 +468,41 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert 80 < per_micro_step < 125
 
 
+@has_muon
+def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set, tmp_path):
+    """float16 on a CPU, for once; the gradient of one of Muon's matrices is infinite in step 4."""
+    (tmp_path / 'half.py').write_text(f"""
+import functools, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, hardware, model
+
+torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=8.0)
+hardware.resolve_dtype = lambda *args: 'float16'
+steps = []
+
+def hooked(config, build=model.GPT):
+    gpt = build(config)
+    def overflow(gradient):
+        steps.append(0)
+        return gradient * float('inf') if len(steps) == 4 else gradient
+    gpt.transformer.h[1].mlp.c_fc.weight.register_hook(overflow)
+    return gpt
+
+model.GPT = hooked
+sys.argv[0] = {str(ROOT / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out', '--optimizer=muon',
+               '--batch_size=8', '--gradient_accumulation_steps=1', '--grad_clip=0')
+    done = run(tmp_path / 'half.py', *options)
+    assert done.code == 0, done.err
+    skipped = [e['iter'] for e in steps_of(tmp_path / 'out') if e['grad_norm'] is None]
+    assert skipped == [4]
+    ckpt = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    assert all(w.isfinite().all() for w in ckpt['model'].values())
+    assert {int(s['step']) for s in ckpt['optimizer'][1]['state'].values()} == {9}
+
+
 # -------------------------------------------------------------------- what a user can get wrong
 # What: (the options after those of a run that would go on from step 10, what the line must say).
 # {out} is the folder of its checkpoint, {ground} that of what `ground` makes.
@@ -483,6 +522,13 @@ MISTAKES = {
     'a dropout of 1': ('--dropout=1.0', r'dropout=1\.0: expected 0 <= dropout < 1'),
     'no sequences': ('--batch_size=0', '--batch_size=0: expected 1 or more'),
     'fewer than no steps': ('--max_iters=-1', '--max_iters=-1: expected 0 or more'),
+    'a seed beyond 63 bits': ('--seed=9223372036854775808', r'--seed=\d+: expected less'),
+    'clipping to less than nothing': ('--grad_clip=-1', '--grad_clip=-1.0: expected 0 or more'),
+    'decay that grows': ('--weight_decay=-1', '--weight_decay=-1.0: expected 0 or more'),
+    'an end below zero': ('--min_lr=-1', '--min_lr=-1.0: expected 0 or more'),
+    'Muon backwards': ('--muon_learning_rate=-1', '--muon_learning_rate=-1.0: expected 0 or'),
+    'a device that is true': ('--device=true', '--device=True: expected auto, cpu'),
+    'NCCL without CUDA': ('--backend=nccl', '--backend=nccl needs CUDA'),
     'no learning': ('--learning_rate=0', '--learning_rate=0'),
     'learning backwards': ('--learning_rate=-1', '[Ll]earning.rate.*-1'),
     'an unknown schedule': ('--lr_schedule=step', "lr_schedule=step: expected.*'cosine', 'linear'"),
@@ -580,7 +626,8 @@ def test_the_pickle_bomb_did_not_explode(mistaken, ground):
 def test_a_process_count_that_does_not_divide_the_batch_is_refused(data_set, tmp_path):
     done = run('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
                '--batch_size=6', '--gradient_accumulation_steps=2',
-               env={'WORLD_SIZE': '5', 'RANK': '3', 'MASTER_PORT': '29500'})
+               env={'WORLD_SIZE': '5', 'RANK': '3', 'MASTER_ADDR': '127.0.0.1',
+                    'MASTER_PORT': '29500'})
     assert done.code == 1 and re.fullmatch(
         r'train\.py: rank 3: 5 processes cannot .* = 12 sequences.*: 1, 2, 3, 4, 6, 12\n', done.err)
 

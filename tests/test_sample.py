@@ -136,6 +136,7 @@ MISTAKES = {  # what: (options, what the line says)
     'a missing prompt file': ('--start=FILE:/nowhere.txt', r'/nowhere\.txt'),
     'an empty prompt': ('--start=', '--start='),
     'no probability': ('--top_p=0', r'--top_p=0\.0'),
+    'all but frozen': ('--temperature=1e-40', r'--temperature=1e-40'),
     'less than frozen': ('--temperature=-1', r'--temperature=-1\.0'),
     'a start from nowhere': ('--init_from=nowhere', 'nowhere: expected gpt2'),
     'an unknown dtype': ('--dtype=half', '--dtype=half: expected'),

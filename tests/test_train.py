@@ -468,6 +468,30 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert 80 < per_micro_step < 125
 
 
+def test_ranks_at_different_steps_never_train_together(trained, data_set, tmp_path):
+    """It cannot happen, since rank 0's state goes to all; were it to, nothing may be averaged."""
+    (tmp_path / 'apart.py').write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import distributed
+
+broadcast = distributed.broadcast_state
+distributed.broadcast_state = lambda *args: {{
+    **broadcast(*args), 'iter_num': 10 + int(os.environ['RANK'])}}
+sys.argv[0] = {str(ROOT / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    shutil.copytree(trained, tmp_path / 'out')
+    before = files_of(tmp_path / 'out')
+    ranks = start_ranks(2, tmp_path / 'apart.py', *TINY, f'--dataset={data_set}', '--max_iters=20',
+                        f'--out_dir={tmp_path}/out', '--init_from=resume')
+    for rank, script in enumerate(ranks):
+        assert script.wait().code == 1
+        assert f'AssertionError: rank {rank} is at step {10 + rank}, another at [' in script.err
+    ckpt = tmp_path / 'out' / 'ckpt.pt'
+    assert ckpt.read_bytes() == next(b for p, b in before.items() if p.name == 'ckpt.pt')
+
+
 @has_muon
 def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set, tmp_path):
     """float16 on a CPU, for once; the gradient of one of Muon's matrices is infinite in step 4."""

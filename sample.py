@@ -5,6 +5,7 @@
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --num_samples=3
 """
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -29,7 +30,6 @@ top_p = 1.0  # draw from the likeliest tokens that have this probability togethe
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # of the weights: auto (bfloat16 where there is hardware for it), float32, ...
-compile = False  # torch.compile: worth its start-up on a GPU, for many tokens
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 
 try:
@@ -49,20 +49,24 @@ try:
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
     prompt = encoding.encode(start)
-    for name, ok in (('num_samples', num_samples > 0), ('max_new_tokens', max_new_tokens >= 0),
-                     ('temperature', temperature == 0 or temperature >= 1e-4),
-                     ('top_k', top_k >= 0), ('top_p', 0 < top_p <= 1), ('start', len(prompt) > 0)):
+    for name, ok, expected in (
+            ('num_samples', num_samples > 0, '1 or more'),
+            ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
+            ('temperature', temperature == 0 or temperature >= 1e-4, '0, or 0.0001 or more'),
+            ('top_k', top_k >= 0, '0 or more'), ('top_p', 0 < top_p <= 1, 'more than 0, at most 1'),
+            ('seed', 0 <= seed < 2**63, '0 or more, and less than 2**63'),
+            ('start', len(prompt) > 0, 'at least one character')):
         if not ok:
-            raise ValueError(f'--{name}={globals()[name]!r}: expected more; --help says what')
+            raise ValueError(f'--{name}={globals()[name]!r}: expected {expected}')
 except (ValueError, OSError) as e:
     sys.exit(f'sample.py: {e}')
 
 model.eval().to(device, getattr(torch, dtype))
-if compile:
-    model.hidden = torch.compile(model.hidden, mode='reduce-overhead', dynamic=False)
 torch.manual_seed(seed)
 idx = torch.tensor([prompt], device=device)
 n_tokens, seconds = 0, 0.0
+if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and that is no fault
 with suppress(KeyboardInterrupt):
     for _ in range(num_samples):
         print(start, end='', flush=True)

@@ -134,8 +134,10 @@ MISTAKES = {  # what: (options, what the line says)
     'an unknown option': ('--topk=3', r'unknown option topk; .*top_k'),
     'a character that it never saw': ('--start=ß', "'ß' is not among the 31 characters"),
     'a missing prompt file': ('--start=FILE:/nowhere.txt', r'/nowhere\.txt'),
-    'an empty prompt': ('--start=', '--start='),
-    'no probability': ('--top_p=0', r'--top_p=0\.0'),
+    'an empty prompt': ('--start=', "--start='': expected at least one character"),
+    'no probability': ('--top_p=0', r'--top_p=0\.0: expected more than 0, at most 1'),
+    'more than all': ('--top_p=2', r'--top_p=2\.0: expected more than 0, at most 1'),
+    'a seed beyond 63 bits': ('--seed=9223372036854775808', '--seed=9223372036854775808: expected'),
     'all but frozen': ('--temperature=1e-40', r'--temperature=1e-40'),
     'less than frozen': ('--temperature=-1', r'--temperature=-1\.0'),
     'a start from nowhere': ('--init_from=nowhere', 'nowhere: expected gpt2'),
@@ -159,7 +161,7 @@ def test_a_mistake_gets_one_line(alone, tmp_path):
 
 
 def test_help_lists_every_option_with_its_default_and_comment():
-    assert len(options_in('sample.py')) == 13
+    assert len(options_in('sample.py')) == 12
     check_help('sample.py')
 
 

@@ -18,6 +18,7 @@ import configurator
 from checkpoint import load_checkpoint
 from data import tokens
 from model import GPT
+from pretrained import WRITER, read_json
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt, the newest, or best.pt, the lowest validation loss
@@ -55,6 +56,10 @@ def export():
     if others:  # another tokenizer or model there would be taken for this one's
         raise ValueError(f'--hf_dir={hf_dir}: has {sorted(others)[0]}, which no export wrote: '
                          'expected a new folder or an earlier export')
+    if (folder / 'config.json').exists() and not (
+            WRITER.items() <= read_json(folder / 'config.json').items()):
+        raise ValueError(f'--hf_dir={hf_dir}: has a model that no export wrote: expected a new '
+                         'folder or an earlier export')
     for name in ours:
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

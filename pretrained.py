@@ -22,6 +22,7 @@ CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Huggi
 HF_GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
            'n_inner': None, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
            'add_cross_attention': False, 'tie_word_embeddings': True}
+WRITER = {'written_by': 'nanoGPT for T9k'}  # so that export.py overwrites nobody else's
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by OpenAI
 
 
@@ -90,9 +91,9 @@ def write(model, folder, dtype, vocab_size):
             tensors[name.replace('.weight', '.bias')] = torch.zeros(p.size(0), dtype=p.dtype)
         tensors[name] = (p.T if name.endswith(CONV1D) else p).contiguous()
     end = {f'{x}os_token_id': 50256 if vocab_size > 50256 else None for x in 'be'}
-    config = {'architectures': ['GPT2LMHeadModel'], **HF_GPT2, **end, 'vocab_size': vocab_size,
-              'n_positions': c.block_size, 'n_ctx': c.block_size, 'n_layer': c.n_layer,
-              'n_head': c.n_head, 'n_embd': c.n_embd,
+    config = {'architectures': ['GPT2LMHeadModel'], **HF_GPT2, **end, **WRITER,
+              'vocab_size': vocab_size, 'n_positions': c.block_size, 'n_ctx': c.block_size,
+              'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
               'torch_dtype': str(p.dtype).removeprefix('torch.'),
               **{f'{x}_pdrop': c.dropout for x in ('attn', 'embd', 'resid')}}
     folder.mkdir(parents=True, exist_ok=True)

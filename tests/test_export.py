@@ -499,10 +499,11 @@ def test_mistakes_end_in_one_line_and_lose_nothing(tmp_path, folder):
     assert 'best.pt' in export(out, hf, '--checkpoint=best.pt', code=1)
     assert 'did you mean' in export(out, hf, '--dtyp=float32', code=1)
     assert not (tmp_path / 'new').exists()
-    (folder / 'tokenizer.json').write_text('{}')  # somebody's model
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert 'tokenizer.json' in export(out, f'--hf_dir={folder}', code=1)
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    for culprit in ('no export wrote', 'tokenizer.json'):  # somebody's model, without and with it
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert culprit in export(out, f'--hf_dir={folder}', code=1)
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+        (folder / 'tokenizer.json').write_text('{}')
     assert 'ckpt.pt' in export(out, f'--hf_dir={tmp_path / "out"}', code=1)
     (tmp_path / 'file').write_text('')
     assert 'file' in export(out, f'--hf_dir={tmp_path / "file"}', code=1)

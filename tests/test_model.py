@@ -112,6 +112,19 @@ def test_the_loss_without_a_second_copy_of_the_logits_is_the_plain_loss(n, dtype
         assert (ours - plain).norm() <= tolerance * plain.norm()
 
 
+@pytest.mark.skipif(not hasattr(torch, 'compiler'), reason='torch < 2.1 compiles elsewhere')
+def test_a_compiled_model_has_the_plain_loss_and_gradients():
+    gpt, results = random_gpt(**TINY), []
+    idx, targets = torch.randint(61, (2, 2, 12))
+    for forward in (gpt, torch.compile(gpt, backend='aot_eager')):  # which needs no C compiler
+        gpt.zero_grad(set_to_none=True)
+        loss = forward(idx, targets)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in gpt.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        assert_close(compiled, plain, 'compiled', 1e-5)
+
+
 def test_attention_is_the_same_where_torch_has_none(monkeypatch):
     gpt = random_gpt(**TINY)
     idx = torch.randint(61, (2, 12))

@@ -37,6 +37,11 @@ run = ''  # one measurement, printed as JSON: what the table is made of
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 try:
     device = resolve_device(device)
+    for case in cases.split():
+        if case not in ('step', 'loader', 'sample', 'save'):
+            raise ValueError(f'--cases={cases}: expected any of step, loader, sample, save')
+    if min(rounds, steps) < 1:
+        raise ValueError(f'--rounds={rounds} --steps={steps}: expected 1 or more')
 except ValueError as e:
     sys.exit(f'bench.py: {e}')
 cuda, dtype = device.startswith('cuda'), resolve_dtype('auto', device)

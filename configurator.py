@@ -30,7 +30,10 @@ def override(defaults, argv, script):
     try:
         for arg in argv:
             if arg in ('-h', '--help'):
-                print(usage(defaults, script))
+                try:
+                    print(usage(defaults, script), flush=True)
+                except BrokenPipeError:  # of `| head`; exiting flushes once more
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(0)
             if not arg.startswith('--'):
                 read_config(arg, defaults, values)

@@ -70,7 +70,7 @@ try:
         text = '\n'.join(picture([json.loads(line) for line in f if line.endswith('}\n')]))
     with open(svg, 'w', encoding='utf-8') as f:
         f.write(text)
-except ValueError as e:
+except (ValueError, KeyError, TypeError) as e:  # a damaged line
     sys.exit(f'plot.py: {source}: {e}')
 except OSError as e:
     sys.exit(f'plot.py: {e}')

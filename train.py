@@ -10,6 +10,7 @@ A killed run goes on where it was with --init_from=resume, on any number of proc
 """
 import math
 import os
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -393,8 +394,9 @@ if is_main and exit_code and not eval_only:
     print(f'stopped after step {iter_num}, which {ckpt_path} holds; go on with '
           f'"{resume_command()}"')
 elif is_main and not eval_only:
+    sample = shlex.join(('python', 'sample.py', f'--out_dir={out_dir}'))
     print(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; checkpoints '
-          f'and curves are in {out_dir}; sample with "python sample.py --out_dir={out_dir}"')
+          f'and curves are in {out_dir}; sample with "{sample}"')
 if ddp:
     distributed.leave(exit_code or 0)
 sys.exit(exit_code or 0)

@@ -27,7 +27,7 @@ megabytes = 100  # of text
 pairs = 5  # of runs: tiktoken alone, then prepare
 workers = 2  # threads of prepare; processes of tiktoken alone
 
-PREPARE = """if True:
+_PREPARE = """if True:
     import sys
     sys.path.insert(0, sys.argv[1])
     from data import corpus
@@ -78,7 +78,8 @@ def tiktoken_alone(documents):
 
 def prepare(folder, source):
     """Of one run: seconds, peak resident MB, and MB on disk at the peak beyond the final files."""
-    command = [sys.executable, '-c', PREPARE, str(corpus.HERE.parent), folder, source, str(workers)]
+    command = [sys.executable, '-c', _PREPARE, str(corpus.HERE.parent), folder, source,
+               str(workers)]
     began, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         out = []

@@ -166,8 +166,8 @@ class Characters:
         try:
             return [self.ids[char] for char in text]
         except KeyError as e:
-            raise ValueError(f'{e.args[0]!r} is not among the {len(self.chars)} characters of '
-                             f'this data set: {self.chars!r}') from None
+            raise ValueError(f'{e.args[0]!r} is not among the {len(self.chars)} characters of this '
+                             f'data set: {self.chars[:99]!r}: type --start=...') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] if i < len(self.chars) else '\ufffd' for i in ids)

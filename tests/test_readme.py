@@ -229,6 +229,30 @@ def test_scaling_follows_the_formula(world_size, sequences, gpu):
     assert row in ENGLISH.split(f'\n{gpu}:')[1].split('\n\n')[1]
 
 
+@pytest.mark.skipif(torch.__version__ < '2', reason='torch < 2.0 keeps other tensors')
+def test_a_layer_keeps_36_bytes_per_token_and_width_for_the_backward_pass():
+    assert '36 L d bytes' in ENGLISH
+    T, d, kept = 300, 64, []
+    for n_layer in (2, 6):
+        gpt = GPT(GPTConfig(T, 50, n_layer, 2, d, bias=False))
+        weights = {p.shape for p in gpt.parameters()} | {p.t().shape for p in gpt.parameters()}
+        weights -= {gpt.transformer.wpe.weight.shape}
+        found = {p.untyped_storage().data_ptr(): 0 for p in gpt.parameters()}
+
+        def keep(x, found=found, weights=weights):
+            if x.shape not in weights:  # else autocast's copy of one
+                found.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+            return x
+
+        idx = torch.randint(50, (1, T))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
+                torch.autocast('cpu', torch.bfloat16):
+            loss = gpt(idx, idx)[1]
+        kept.append(sum(found.values()))
+        del loss
+    assert (kept[1] - kept[0]) / 4 / T / d == pytest.approx(36, abs=1)
+
+
 # ---------------------------------------------------------------- messages
 
 def forms(text):

@@ -119,6 +119,8 @@ with user_errors():
     for name in ('eval_interval', 'eval_iters', 'log_interval', 'block_size', 'batch_size',
                  'gradient_accumulation_steps', 'dist_timeout'):
         check(config[name] >= 1, f'--{name}={config[name]}: expected 1 or more')
+    for name in ('beta1', 'beta2'):
+        check(0 <= config[name] < 1, f'--{name}={config[name]}: expected 0 <= {name} < 1')
     check(learning_rate > 0, f'--learning_rate={learning_rate}: expected more than 0')
     for name, known in (('lr_schedule', ('cosine', 'linear')), ('compile', ('auto', True, False)),
                         ('backend', ('auto', 'nccl', 'gloo'))):

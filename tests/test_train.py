@@ -549,6 +549,7 @@ MISTAKES = {
     'a seed beyond 63 bits': ('--seed=9223372036854775808', r'--seed=\d+: expected less'),
     'clipping to less than nothing': ('--grad_clip=-1', '--grad_clip=-1.0: expected 0 or more'),
     'decay that grows': ('--weight_decay=-1', '--weight_decay=-1.0: expected 0 or more'),
+    'a memory that grows': ('--beta2=2', r'--beta2=2\.0: expected 0 <= beta2 < 1'),
     'an end below zero': ('--min_lr=-1', '--min_lr=-1.0: expected 0 or more'),
     'Muon backwards': ('--muon_learning_rate=-1', '--muon_learning_rate=-1.0: expected 0 or'),
     'a device that is true': ('--device=true', '--device=True: expected auto, cpu'),

@@ -185,3 +185,15 @@ def test_every_config_of_the_repository_is_taken_by_train_py():
     assert configs
     for path in configs:
         assert configurator.override(options, [str(path)], 'train.py') != options
+
+
+def test_train_gpt2_keeps_the_settings_of_gpt2s_training():
+    options = {name: default for name, default, _ in options_in('train.py')}
+    found = configurator.override(options, [str(ROOT / 'config/train_gpt2.py')], 'train.py')
+    kept = {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024, 'bias': False,
+            'dropout': 0.0, 'batch_size': 12, 'gradient_accumulation_steps': 40,
+            'optimizer': 'adamw', 'beta1': 0.9, 'beta2': 0.95, 'weight_decay': 0.1,
+            'grad_clip': 1.0, 'learning_rate': 6e-4, 'warmup_iters': 2000, 'min_lr': 6e-5,
+            'lr_decay_iters': 600_000, 'lr_schedule': 'cosine', 'max_iters': 600_000,
+            'eval_interval': 1000, 'eval_iters': 200, 'init_from': 'auto'}
+    assert {name: found[name] for name in kept} == kept

@@ -1,17 +1,50 @@
 """Options from config files and --key=value: python SCRIPT [config/x.py ...] [--key=value ...]
 
-A script's options are the assignments at its top, `name = default  # unit and meaning`:
+A script's options are the assignments at its top, `name = default  # unit and meaning`. What their
+values must be stands once, in a table right below them:
 
+    limits = {'steps warmup': at_least(1), 'dropout': between(0, 1), 'kind': one_of('a', 'b')}
     options = configurator.options(globals())
-    globals().update(configurator.override(options, sys.argv[1:], __file__))
+    globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
+
+Imported first, this module also turns a missing package into one line that says what to install.
 """
 import ast
 import difflib
 import math
 import os
 import re
+import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+# Options that people know from elsewhere, and what takes their place.
+FOREIGN = {
+    'lr': 'type --learning_rate',
+    'epochs': 'type --max_iters, in optimizer steps',
+    'decay_lr': 'for a constant rate set min_lr equal to learning_rate',
+    'always_save_checkpoint': 'every evaluation is saved: ckpt.pt is the newest, best.pt the best',
+    'wandb_log': 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard',
+    'backend': 'NCCL serves CUDA, gloo everything else',
+}
+
+
+def at_least(low):
+    return f'{low} or more', lambda value: value >= low
+
+
+def more_than(low):
+    return f'more than {low}', lambda value: value > low
+
+
+def between(low, high):
+    """From low up to, but not including, high."""
+    return f'{low} or more, and less than {high}', lambda value: low <= value < high
+
+
+def one_of(*words):
+    return ' or '.join(map(str, words)), lambda value: value in words
 
 
 def options(namespace):
@@ -20,18 +53,19 @@ def options(namespace):
             if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
 
 
-def override(defaults, argv, script):
+def override(defaults, argv, script, limits=None):
     """`defaults` after every config file and --key=value of `argv`, in the order given.
 
-    Ends the program with one line if an option is unknown or of the wrong type or a file is
-    missing, and after printing the options, read from the file `script`, for --help.
+    limits: {'one or more names': (what is expected, in words; whether a value is that)}. Ends the
+    program with one line if an option is unknown, of the wrong type or beyond its limit, or if a
+    file is missing; for --help, after printing the options as the files before it set them.
     """
     values = dict(defaults)
-    try:
-        for arg in argv:
+    with user_errors():
+        for arg, following in zip(argv, [*argv[1:], '']):
             if arg in ('-h', '--help'):
                 try:
-                    print(usage(defaults, script), flush=True)
+                    print(usage(values, script), flush=True)
                 except BrokenPipeError:  # of `| head`; exiting flushes once more
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(0)
@@ -41,13 +75,47 @@ def override(defaults, argv, script):
             key, equals, text = arg[2:].partition('=')
             check_known(key, defaults, arg)
             if not equals:
-                raise ValueError(f'{arg}: expected --key=value, e.g. --{key}={defaults[key]}')
+                example = defaults[key] if following.startswith('--') else following
+                raise ValueError(f'{arg}: expected --key=value, e.g. --{key}={example}')
             values[key] = parse(text, defaults[key], arg)
-    except ValueError as e:
-        alone = os.environ.get('WORLD_SIZE', '1') == '1'  # else the log must say who it was
-        rank = '' if alone else f'rank {os.environ.get("RANK")}: '
-        sys.exit(f'{Path(script).name}: {rank}{e}')
+        for names, (expected, fits) in (limits or {}).items():
+            for name in names.split():
+                if not fits(values[name]):
+                    raise ValueError(f'--{name}={values[name]}: expected {expected}')
     return values
+
+
+@contextmanager
+def user_errors(*kinds):
+    """End with one line, which names the rank, for what a user can mend (by default ValueError and
+    OSError). A bug keeps its traceback."""
+    try:
+        yield
+    except (kinds or (ValueError, OSError)) as error:  # noqa: B030
+        sys.exit(f'{this_script()}: {error}')
+
+
+def this_script():
+    """The script's name and, where several processes share a log, this one's rank."""
+    alone = os.environ.get('WORLD_SIZE', '1') == '1'
+    return Path(sys.argv[0]).name + ('' if alone else f': rank {os.environ.get("RANK")}')
+
+
+def missing_package(kind, error, traceback):
+    if kind is ModuleNotFoundError and error.name:
+        name = error.name.partition('.')[0]
+        print(f'{this_script()}: needs the package {name}: pip install {name}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = missing_package
+
+
+def command(**changed):
+    """What to type to run this script again, with these options changed."""
+    kept = [arg for arg in sys.argv if arg[2:].partition('=')[0] not in changed]
+    return shlex.join(['python', *kept, *(f'--{k}={v}' for k, v in changed.items())])
 
 
 def read_config(path, defaults, values):
@@ -62,14 +130,16 @@ def read_config(path, defaults, values):
         raise ValueError(f'{path}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
         if not key.startswith('_'):
-            check_known(key, defaults, f'{path}: {key} = {value!r}')
-            values[key] = check_type(value, defaults[key], f'{path}: {key} = {value!r}')
+            where = f'{path}: {key} = {value!r}'
+            check_known(key, defaults, where)
+            values[key] = check_type(value, defaults[key], where)
 
 
 def check_known(key, defaults, where):
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
-        hint = f'did you mean {near[0]}?' if near else '--help lists the options'
+        hint = FOREIGN.get(key) or (
+            f'did you mean {near[0]}?' if near else '--help lists the options')
         raise ValueError(f'{where}: unknown option {key}; {hint}')
 
 
@@ -98,18 +168,18 @@ def check_type(value, default, where):
     return value
 
 
-def usage(defaults, script):
+def usage(values, script):
     """The script's docstring and its options, with the comments beside and above them."""
     source, shown = Path(script).read_text(encoding='utf-8'), set()
     lines = [ast.get_docstring(ast.parse(source)), '']
     for name, comment, heading in re.findall(
             r'^(?:(\w+) = [^#\n]+?(?:  # (.*))?|# (?!-)(.*))$', source, re.MULTILINE):
-        if len(shown) == len(defaults):
+        if len(shown) == len(values):
             break
         if heading:
             lines.append(f'# {heading}')
-        elif name in defaults:
+        elif name in values:
             shown.add(name)
-            value = str(defaults[name]).replace('\n', '\\n')
+            value = str(values[name]).replace('\n', '\\n')
             lines.append(f'  --{name}={value}'.ljust(38) + f' {comment}')
     return '\n'.join(lines)

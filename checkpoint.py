@@ -2,19 +2,27 @@
 import io
 import os
 import pickle
-import shlex
 import shutil
-import sys
 
 import torch
 
-from data.tokens import GPT2_META
-from model import GPT, MASKS
+from model import MASKS, GPTConfig
 
 if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
     # torch.load never looks at the checksums, and they take as long as the writing.
     torch.serialization.set_crc32_options(False)
 
+
+def exists(path):
+    """Whether there is such a file. OSError if the disk does not answer: it may not be empty."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------- saving
 
 def save_checkpoint(path, state, best_path=None):
     """Write `state` (tensors and plain types only) so that neither file is ever half written.
@@ -56,6 +64,8 @@ def save_checkpoint(path, state, best_path=None):
         raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
 
 
+# ------------------------------------------------------------------------------------ loading
+
 class PlainUnpickler(pickle.Unpickler):
     """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
 
@@ -65,18 +75,20 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load_plain(file):
-    """torch.load to the CPU, of tensors and plain types only."""
+def load_plain(path):
+    """torch.load of tensors and plain types only, to the CPU: mapped from the file, not read."""
     if torch.__version__ < '2':  # it also ignores torch.load's pickle_module
         torch.serialization._weights_only_unpickler = PlainUnpickler
         PlainUnpickler.Unpickler = PlainUnpickler
-    return torch.load(file, map_location='cpu', weights_only=True)
+    mapped = {'mmap': True} if torch.__version__ >= '2.1' else {}
+    return torch.load(path, map_location='cpu', weights_only=True, **mapped)
 
 
 def load_checkpoint(path):
     """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
-    if not os.path.exists(path):
-        raise ValueError(f'{path}: no such file: expected a checkpoint that train.py wrote')
+    path = str(path)
+    if not exists(path):
+        raise ValueError(f'no {path}: expected a checkpoint that train.py wrote')
     try:
         ckpt = load_plain(path)
     except Exception as error:  # a damaged file can raise anything from torch.load
@@ -95,60 +107,39 @@ def load_checkpoint(path):
     return ckpt
 
 
-def starting_state(init_from, path, block_size, writing):
-    """What a run starts from: the checkpoint at `path`, GPT-2's weights, or None for new ones.
+# ------------------------------------------------------------------------- does it fit the run
 
-    ValueError if that is not to be had, or if a new run that is `writing` would lose a checkpoint.
-    """
-    state, found = None, True
+def check_fits(ckpt, shape, meta, optimizer):
+    """ValueError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
     try:
-        os.stat(path)  # not os.path.exists: a disk that does not answer is not an empty one
-    except (FileNotFoundError, NotADirectoryError):
-        found = False
-    if init_from in ('resume', 'auto'):
-        if not found and init_from == 'resume':
-            raise ValueError(f'--init_from=resume: no {path}; type --init_from=auto to start anew')
-        state = load_checkpoint(path) if found else None
-    elif found and writing:
-        raise ValueError(f'{path} exists and would be lost; go on with "{resume_command()}", or '
-                         'choose another --out_dir')
-    elif init_from != 'scratch':
-        model = GPT.from_pretrained(init_from, block_size)
-        state = {'model': model.state_dict(), 'model_args': vars(model.config), 'meta': GPT2_META}
-    if writing:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    return state
+        saved = GPTConfig(**ckpt['model_args'])
+    except TypeError as error:
+        raise ValueError(f'model.py does not know the shape of the checkpoint: {error}') from None
+    for name, value in vars(shape).items():
+        old = getattr(saved, name)
+        if value != old and name not in ('dropout', 'vocab_size'):
+            raise ValueError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}'
+                             f': type --{name}={old}, or --out_dir=... for a new run')
+    # AdamW's is the only state that nanoGPT's checkpoints can hold.
+    old = ckpt.get('config', {}).get('optimizer', 'adamw')
+    if 'optimizer' in ckpt and optimizer != old:
+        raise ValueError(f'--optimizer={optimizer} contradicts the checkpoint, which has {old}: '
+                         f'type --optimizer={old}, or --out_dir=... for a new run')
+    check_vocabulary(ckpt, meta)
 
 
-def resume_command():
-    """What to type to go on with the run that this process is."""
-    options = (arg for arg in sys.argv if not arg.startswith('--init_from='))
-    return shlex.join(('python', *options, '--init_from=resume'))
-
-
-def check_fits(ckpt, options, meta):
-    """ValueError unless a run with these options and the tokenizer `meta` can go on from `ckpt`."""
-    saved = ckpt['model_args']
-    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
-        if name in options and name in saved and saved[name] != options[name]:
-            raise ValueError(f'--{name}={options[name]} contradicts the checkpoint, which has '
-                             f'{name}={saved[name]}: type --{name}={saved[name]}, or --out_dir=... '
-                             'for a new run')
-    other = ckpt.get('meta') or meta
-    if meta['vocab_size'] > saved['vocab_size'] or any(
-            meta.get(key) != other.get(key) for key in ('tokenizer', 'chars')):
-        raise ValueError("the checkpoint's vocabulary is not the data's: go on with the data set "
+def check_vocabulary(ckpt, meta):
+    """ValueError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
+    ours, theirs = ({key: value for key, value in m.items() if key not in ('tokens', 'source')}
+                    for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's does not say
+    if ours != theirs or meta['vocab_size'] > ckpt['model_args'].get('vocab_size', 50257):
+        raise ValueError("the checkpoint's vocabulary is not the data's: resume with the data set "
                          'that it was trained on, or type --out_dir=... for a new run')
 
 
 def load_optimizers(optimizers, saved):
     """Give optimizers their saved state; the rates and decays are this run's, not the saved."""
-    saved = saved if isinstance(saved, list) else [saved]
-    if len(saved) != len(optimizers):
-        kinds = {1: 'adamw', 2: 'muon'}
-        raise ValueError(f'--optimizer={kinds[len(optimizers)]} contradicts the checkpoint, which '
-                         f'has {kinds[len(saved)]}: type --optimizer={kinds[len(saved)]}')
-    for optimizer, state in zip(optimizers, saved):
+    for optimizer, state in zip(optimizers, saved if isinstance(saved, list) else [saved]):
         groups = optimizer.state_dict()['param_groups']
         if [len(g['params']) for g in groups] != [len(g['params']) for g in state['param_groups']]:
             raise ValueError("the checkpoint's optimizer has other parameters than the model")

@@ -1,10 +1,10 @@
-"""Several processes as one run: join the others, leave with them, notice that one was lost.
+"""Several processes as one run: join the others, agree with them, notice a lost one, leave.
 
 Who a process is stands in RANK, LOCAL_RANK and WORLD_SIZE; where rank 0 listens, in MASTER_ADDR
 and MASTER_PORT. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
 """
-import io
 import itertools
+import json
 import os
 import re
 import signal
@@ -13,13 +13,11 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from checkpoint import load_plain
 
 # What gloo, NCCL and the store say, torch 1.13 to 2.14, when another process is gone or hangs.
 # The classes of torch 2 for it (DistBackendError, ...) also stand for mistakes.
@@ -47,60 +45,166 @@ def environment():
     return tuple(values)
 
 
+def split(sequences, batch_size):
+    """(micro-steps, sequences in each) of this process's share of a step's `sequences`.
+
+    ValueError if the processes cannot share them equally.
+    """
+    world_size = environment()[2]
+    if sequences % world_size:
+        valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
+        raise ValueError(f'{world_size} processes cannot share batch_size x '
+                         f'gradient_accumulation_steps = {sequences} sequences; these can: {valid}')
+    share = sequences // world_size
+    steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
+    return steps, share // steps
+
+
 def under_torchrun():
     """Whether torchrun's agent started this process, and restarts it together with the others."""
     return 'TORCHELASTIC_RUN_ID' in os.environ
 
 
-def join(backend, timeout_s, arrival_timeout_s=1800):
-    """Make the default process group, whose collectives may take timeout_s; nothing if alone.
+# --------------------------------------------------------------------------------- ends
 
-    Returns when all are in it; after arrival_timeout_s the process ends, to be started again.
-    """
-    rank, _, world_size = environment()
-    if world_size == 1:
-        return
-    hello = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
-    if under_torchrun():  # torchrun's agents have found each other already
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        dist.all_reduce(hello)
-        return
-    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    limit = threading.Timer(arrival_timeout_s, leave, [138, f'rank {rank}: the {world_size} '
-                            f'processes did not meet at {address}:{port} in {arrival_timeout_s} s'])
-    limit.daemon = True
-    limit.start()  # a thread, so it also ends a process that is stuck inside a call
-    while True:
-        try:
-            if rank > 0:  # TCPStore would print a stack trace for every attempt
-                socket.create_connection((address, port), 5).close()
-            store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
-            call = call_the_roll(store, rank, world_size)
-            break
-        except (RuntimeError, OSError):  # rank 0 is not there yet, or its predecessor still is
-            time.sleep(0.2)
-    store.set_timeout(timedelta(seconds=timeout_s))
-    # gloo dials a dead address for 5 times its timeout: keep that short until all are connected.
-    raise_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.1: none
-    trial_s = 5 if backend == 'gloo' and raise_timeout else timeout_s
-    try:
-        dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
-                                world_size=world_size, timeout=timedelta(seconds=trial_s))
-        dist.all_reduce(hello)
-    except (RuntimeError, OSError) as error:
-        if backend != 'gloo' or not is_lost_peer(error):
-            raise
-        # One was lost after its answer. torch numbers its groups, so that after a failure a process
-        # fits only others with as many: start anew in place, which costs no restart of the job's.
-        print(f'rank {rank}: lost a process while joining, once more: '
-              f'{str(error).splitlines()[0]}', file=sys.stderr)
+def leave(code, message=None):
+    """End now, without the clean-up at exit, which can wait for a lost process or abort."""
+    with suppress(RuntimeError, OSError):  # a signal can find print() at work, a pipe be closed
+        if message:
+            print(message, file=sys.stderr)
         sys.stdout.flush()
-        os.closerange(3, 2**12)  # the others must see gloo's sockets closed; they survive an exec
-        os.execv(sys.executable, sys.orig_argv)
-    if trial_s != timeout_s:
-        raise_timeout(timedelta(seconds=timeout_s))
-    limit.cancel()
+        sys.stderr.flush()
+    os._exit(code)
 
+
+def leave_in(seconds, code, message=None):
+    """A timer that ends the process unless it is cancelled, also one that is stuck in a call."""
+    timer = threading.Timer(seconds, leave, [code, message])
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def is_lost_peer(error):
+    """Whether a collective or the store failed because of another process, not of a bug here."""
+    kinds = RuntimeError, TimeoutError, ConnectionError  # torch < 2 has the last two
+    return isinstance(error, kinds) and bool(LOST_PEER.search(str(error)))
+
+
+@contextmanager
+def lost_peers(stop=None, rescue=None):
+    """When another process is lost: call rescue(), if given, and end with 138, to be restarted."""
+    rank, _, world_size = environment()
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if world_size == 1 or not is_lost_peer(error):
+            raise
+        if rescue:
+            rescue()
+        leave(stop and stop.exit_code or 138, f'train.py: rank {rank}: another process was lost: '
+                                              f'{str(error).splitlines()[0]}')
+
+
+def finish(code):
+    """End a run that all ranks leave together, once rank 0 has written its last checkpoint.
+
+    Until the group is destroyed, NCCL's threads serve the other ranks: without them those could
+    abort. A process that died meanwhile can make that hang, hence the limit.
+    """
+    if dist.is_initialized():
+        with lost_peers():
+            dist.barrier()
+        leave_in(10, code)
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+    leave(code)
+
+
+class StopRequest:
+    """What SIGTERM and Ctrl-C ask for. Before arm() they end the process at once."""
+
+    def __init__(self):
+        self.armed, self.signum, self.noted = False, None, 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.note)
+
+    def arm(self):
+        self.armed = True
+
+    def note(self, signum, frame):
+        again = self.signum and signum == signal.SIGINT and time.monotonic() - self.noted > 1
+        if not self.armed or again:  # torchrun passes a terminal's Ctrl-C on: that is not a second
+            leave(128 + signum)
+        if self.signum != signal.SIGTERM:  # it wins
+            self.signum, self.noted = signum, time.monotonic()
+
+    @property
+    def exit_code(self):
+        """143, 130, or None when nothing was asked for."""
+        return 128 + self.signum if self.signum else None
+
+
+# --------------------------------------------------------------------------------- agreement
+
+def total(numbers, stop):
+    """Sums over all ranks, and the exit code if any rank was asked to stop, else None.
+
+    numbers: {name: 1-dimensional tensor}; of each sum, the mean of its elements comes back as a
+    float. One reduction and one transfer to the host: there a GPU is waited for.
+    """
+    parts = list(numbers.values())
+    cuda = parts[0].is_cuda
+    asked = torch.tensor([float(stop.signum == s) for s in (signal.SIGTERM, signal.SIGINT)],
+                         pin_memory=cuda)  # a pageable copy would make the host wait here, too
+    report = torch.cat([*parts, asked.to(parts[0].device, non_blocking=cuda)])
+    if dist.is_initialized():
+        dist.all_reduce(report)
+    *sums, (sigterm, sigint) = report.cpu().double().split([len(part) for part in parts] + [2])
+    exit_code = 143 if sigterm else 130 if sigint else None
+    return {name: sum_.mean().item() for name, sum_ in zip(numbers, sums)}, exit_code
+
+
+def compress(state, bucket):
+    """DDP's hook that all-reduces gradients as bfloat16; under its own name gloo is refused it."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+    return bf16_compress_hook(state, bucket)
+
+
+def share(state, device):
+    """A copy on the device of rank 0's `state`: dicts, lists and plain values, and tensors in them.
+
+    An outline travels as JSON, then each tensor by itself: no rank ever holds two copies, and rank
+    0's tensors may be mapped from a file. Tensors without dimensions stay on the host.
+    """
+    alone, leads, tensors = not dist.is_initialized(), environment()[0] == 0, []
+    if not alone and dist.get_backend() == 'gloo':
+        device = 'cpu'
+
+    def outline(tensor):
+        tensors.append(tensor)
+        return {'tensor': [str(tensor.dtype).removeprefix('torch.'), *tensor.shape]}
+
+    def broadcast(tensor):
+        if not alone:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def rebuild(found):  # each dict, in the order of the outline
+        if 'tensor' not in found:  # JSON has turned the optimizers' integer keys into text
+            return {int(key) if key.isdecimal() else key: found[key] for key in found}
+        dtype, *shape = found['tensor']
+        tensor = (tensors.pop(0).to(device, copy=True) if leads else
+                  torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+        return broadcast(tensor) if shape else broadcast(tensor).cpu()
+
+    text = json.dumps(state, default=outline).encode() if leads else b''
+    size = broadcast(torch.tensor(len(text), device=device)).item()
+    text = torch.frombuffer(bytearray(text or size), dtype=torch.uint8).to(device)
+    return json.loads(bytes(broadcast(text).tolist()), object_hook=rebuild)
+
+
+# --------------------------------------------------------------------------------- joining
 
 def call_the_roll(store, rank, world_size):
     """The name of a round for which all processes have just said that they are here.
@@ -132,71 +236,38 @@ def call_the_roll(store, rank, world_size):
             print(f'waiting for {", ".join(missing)} of {world_size} processes', flush=True)
 
 
-def broadcast_state(state, device):
-    """Rank 0's state (tensors and plain types, or None) on every rank, without pickle."""
-    if not dist.is_initialized():
-        return state
-    device = device if dist.get_backend() == 'nccl' else 'cpu'
-    buffer = io.BytesIO()
-    if dist.get_rank() == 0:
-        torch.save(state, buffer)
-    size = torch.tensor(buffer.tell(), device=device)
-    dist.broadcast(size, 0)
-    if dist.get_rank() > 0:
-        buffer = io.BytesIO(bytes(size.item()))
-    for host in torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).split(2**26):  # 64 MiB
-        piece = host.to(device)
-        dist.broadcast(piece, 0)
-        host.copy_(piece)
-    buffer.seek(0)
-    return state if dist.get_rank() == 0 else load_plain(buffer)
+def join(backend, timeout_s, arrival_timeout_s=1800):
+    """Make the default process group, whose collectives may take timeout_s; nothing if alone.
 
-
-class StopRequest:
-    """What SIGTERM and Ctrl-C ask for. Before arm() they end the process at once."""
-
-    def __init__(self):
-        self.armed, self.signum, self.noted = False, None, 0
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self.note)
-
-    def arm(self):
-        self.armed = True
-
-    def note(self, signum, frame):
-        again = self.signum and signum == signal.SIGINT and time.monotonic() - self.noted > 1
-        if not self.armed or again:  # torchrun passes a terminal's Ctrl-C on: that is not a second
-            leave(128 + signum)
-        if self.signum != signal.SIGTERM:  # it wins
-            self.signum, self.noted = signum, time.monotonic()
-
-    @property
-    def exit_code(self):
-        """143, 130, or None when nothing was asked for."""
-        return 128 + self.signum if self.signum else None
-
-    def votes(self, device):
-        """This process's part of a request that all reduce: SIGTERM and Ctrl-C, 0 or 1 each."""
-        asked = [self.signum == signal.SIGTERM, self.signum == signal.SIGINT]
-        return torch.tensor(asked, dtype=torch.float32, device=device)
-
-    @staticmethod
-    def elected(votes):
-        """The exit code that the reduced votes ask for, None to go on."""
-        return 143 if votes[0] else 130 if votes[1] else None
-
-
-def is_lost_peer(error):
-    """Whether a collective or the store failed because of another process, not of a bug here."""
-    kinds = RuntimeError, TimeoutError, ConnectionError  # torch < 2 has the last two
-    return isinstance(error, kinds) and bool(LOST_PEER.search(str(error)))
-
-
-def leave(code, message=None):
-    """End now, without the clean-up at exit, which can wait for a lost process or abort."""
-    with suppress(RuntimeError, OSError):  # a signal can find print() at work, a pipe be closed
-        if message:
-            print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    Returns when all are in it; after arrival_timeout_s the process ends, to be started again.
+    """
+    rank, _, world_size = environment()
+    if world_size == 1:
+        return
+    hello = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
+    if under_torchrun():  # torchrun's agents have found each other already
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.all_reduce(hello)
+        return
+    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    limit = leave_in(arrival_timeout_s, 138, f'rank {rank}: the {world_size} processes did not '
+                     f'meet at {address}:{port} in {arrival_timeout_s} s')
+    while True:
+        try:
+            if rank > 0:  # TCPStore would print a stack trace for every attempt
+                socket.create_connection((address, port), 5).close()
+            store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
+            call = call_the_roll(store, rank, world_size)
+            break
+        except (RuntimeError, OSError):  # rank 0 is not there yet, or its predecessor still is
+            time.sleep(0.2)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    # gloo dials a dead address for 5 times its timeout: keep that short until all are connected.
+    raise_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.1: none
+    trial_s = 5 if backend == 'gloo' and raise_timeout else timeout_s
+    dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
+                            world_size=world_size, timeout=timedelta(seconds=trial_s))
+    dist.all_reduce(hello)
+    if trial_s != timeout_s:
+        raise_timeout(timedelta(seconds=timeout_s))
+    limit.cancel()

@@ -1,5 +1,7 @@
-"""What the machine is: which device, which number format, how fast at best."""
+"""The machine: which device and number format, how fast at best, and batches on their way there."""
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +20,14 @@ def peak_flops(device):
         return 0
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0)
+
+
+def describe(device):
+    """The device's name and memory, for people."""
+    if torch.device(device).type != 'cuda':
+        return str(device)
+    gpu = torch.cuda.get_device_properties(device)
+    return f'{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)'
 
 
 def resolve_device(device, local_rank=0):
@@ -39,14 +49,13 @@ def resolve_device(device, local_rank=0):
         raise ValueError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
                          'and set LOCAL_RANK to 0 where each has its own')
     torch.cuda.set_device(index)
+    torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
     return f'cuda:{index}'
 
 
 def resolve_dtype(dtype, device):
     """'auto' or a name -> 'bfloat16' where the hardware computes in it, else 'float16' on CUDA,
     else 'float32'."""
-    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-        raise ValueError(f'--dtype={dtype}: expected auto, float32, bfloat16 or float16')
     kind = torch.device(device).type
     if dtype == 'float16' and kind == 'cpu':
         raise ValueError('--dtype=float16 needs a GPU; type --dtype=auto')
@@ -58,3 +67,35 @@ def resolve_dtype(dtype, device):
     has_bf16 = kind == 'cpu' and flags.exists() and re.search(
         r'\b(avx512_bf16|amx_bf16)\b', flags.read_text(encoding='utf-8'))
     return 'bfloat16' if has_bf16 else 'float32'
+
+
+def autocast(device, dtype):
+    """The context of a forward pass, to be entered any number of times."""
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+
+
+def grad_scaler(enabled):
+    kind = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)  # torch < 2.3: the latter
+    return kind(enabled=enabled)
+
+
+def batches(rows, device):
+    """Inputs and targets, LongTensors (B, T) on the device, for each array (B, T + 1) of `rows`.
+
+    A thread reads the next rows while the device works on these.
+    """
+    cuda = torch.device(device).type == 'cuda'
+
+    def read():
+        batch = next(rows, None)
+        return None if batch is None else torch.from_numpy(batch)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read)
+        while (batch := ahead.result()) is not None:
+            ahead = reader.submit(read)
+            # Only a copy from pinned memory lets the host run ahead of the GPU.
+            batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch.to(device)
+            yield batch[:, :-1], batch[:, 1:]

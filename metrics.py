@@ -1,89 +1,15 @@
-"""Where a run's numbers go: log.jsonl, TensorBoard (where installed), and a person's eyes."""
+"""The log of a run: lines or a bar for people, log.jsonl and TensorBoard for programs."""
 import json
 import math
 import os
 import shutil
 import sys
-import time
 from contextlib import suppress
 
-
-class Log:
-    """The numbers of a run in `out_dir`, cut back to step `iter_num`, from which it goes on.
-
-    So no step is told twice. evaluated: whether that step's evaluation was told. With out_dir=None
-    nothing is written. peak_flops: of all the devices together, 0 if unknown.
-    """
-
-    def __init__(self, out_dir, iter_num, evaluated, max_iters, tokens_per_iter, flops_per_token,
-                 peak_flops):
-        self.tokens_per_iter = tokens_per_iter
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.file = self.board = self.bar = None
-        if out_dir is None:
-            return
-        path, kept = os.path.join(out_dir, 'log.jsonl'), []
-        if os.path.isfile(path):
-            with open(path, encoding='utf-8', errors='replace') as f:
-                for line in f:
-                    # A kill can leave half a line, a crash of the node any bytes.
-                    with suppress(ValueError, TypeError, KeyError):
-                        entry = json.loads(line)
-                        if entry['iter'] < iter_num or (
-                                entry['iter'] == iter_num and ('loss' in entry or evaluated)):
-                            kept.append(entry)
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(e) + '\n' for e in kept)
-        os.replace(f'{path}.tmp', path)
-        self.file = open(path, 'a', encoding='utf-8', buffering=1)  # each line at once
-        self.board = open_board(os.path.join(out_dir, 'tb'))
-        for entry in kept:
-            self.plot(entry)
-        self.bar = open_bar(iter_num, max_iters)
-
-    def start_clock(self, iter_num):
-        """The time since the last log line, of an evaluation or a checkpoint, is not a step's."""
-        self.clock, self.clock_iter = time.perf_counter(), iter_num
-
-    def step(self, iter_num, loss, lr, grad_norm):
-        """Tell the numbers of step `iter_num`; its time is the mean since the last one told."""
-        dt = (time.perf_counter() - self.clock) / (iter_num - self.clock_iter)
-        self.start_clock(iter_num)
-        tok_per_sec = self.tokens_per_iter / dt
-        mfu = tok_per_sec * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        text = (f'loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | {1000 * dt:.1f} ms | '
-                f'{tok_per_sec:,.0f} tok/s' + (f' | mfu {mfu:.3f}' if mfu else ''))
-        if self.bar is None:
-            self.say(f'step {iter_num} | {text}')
-        else:
-            self.bar.update(iter_num - self.bar.n)
-            self.bar.set_postfix_str(text)
-        self.keep({'iter': iter_num, 'loss': loss, 'lr': lr, 'dt_ms': 1000 * dt, 'mfu': mfu,
-                   'grad_norm': grad_norm if math.isfinite(grad_norm) else None,
-                   'tok_per_sec': tok_per_sec})
-
-    def evaluation(self, iter_num, train_loss, val_loss):
-        self.say(f'step {iter_num} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
-        self.keep({'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss})
-
-    def say(self, line):
-        (self.bar.write if self.bar else print)(line)
-        sys.stdout.flush()  # a pod's log is a file: each line at once
-
-    def keep(self, entry):
-        if self.file:
-            self.file.write(json.dumps(entry) + '\n')
-            self.plot(entry)
-
-    def plot(self, entry):
-        for key, value in entry.items():
-            if self.board and key != 'iter' and value is not None:
-                self.board.add_scalar(key, value, entry['iter'])
-
-    def close(self):
-        for part in (self.bar, self.board, self.file):
-            if part is not None:
-                part.close()
+# How people see the numbers that are not losses; of others, the name and four decimals.
+SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms',
+         'tok_per_sec': '{:,.0f} tok/s', 'mfu': 'mfu {:.3f}', 'peak_gib': '{:.1f} GiB',
+         'eval_s': '{:.1f} s'}
 
 
 def open_board(folder):
@@ -104,4 +30,86 @@ def open_bar(iter_num, max_iters):
         return None
     # A Notebook's `!python train.py` runs on a terminal of its own, whose redraws fill the cell.
     watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ
-    return tqdm(total=max_iters, initial=iter_num, unit='step') if watched else None
+    layout = 'step {n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left'
+    return tqdm(total=max_iters, initial=iter_num, bar_format=layout) if watched else None
+
+
+class Log:
+    """The numbers of a run in `out_dir`, cut back to step `iter_num`, from which it resumes.
+
+    So no step is told twice. evaluated: whether that step's evaluation was told. Only the main
+    process speaks, and it writes files if `writing`. peak_flops: of all devices, 0 if unknown.
+    """
+
+    def __init__(self, out_dir, is_main, writing, iter_num, evaluated, config, tokens_per_step,
+                 flops_per_token, peak_flops):
+        self.is_main, self.config, self.seconds = is_main, config, []
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.file = self.board = self.bar = None
+        if not (is_main and writing):
+            return
+        path, kept = os.path.join(out_dir, 'log.jsonl'), []
+        if os.path.isfile(path):
+            with open(path, encoding='utf-8', errors='replace') as f:
+                for line in f:
+                    # A kill can leave half a line, a crash of the node any bytes.
+                    with suppress(ValueError, TypeError, KeyError):
+                        entry = json.loads(line)
+                        if entry['iter'] < iter_num or (
+                                entry['iter'] == iter_num and ('loss' in entry or evaluated)):
+                            kept.append(entry)
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(entry) + '\n' for entry in kept)
+        os.replace(f'{path}.tmp', path)
+        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+            json.dump(config, f, indent=2)
+        self.file = open(path, 'a', encoding='utf-8', buffering=1)  # each line at once
+        self.board = open_board(os.path.join(out_dir, 'tb'))
+        for entry in kept:
+            self.plot(entry)
+        self.bar = open_bar(iter_num, config['max_iters'])
+
+    def step(self, iter_num, seconds, numbers):
+        """Tell every log_interval-th step, and the last; the time is the mean since then."""
+        self.seconds.append(seconds)
+        if iter_num % self.config['log_interval'] and iter_num != self.config['max_iters']:
+            return
+        dt, self.seconds = sum(self.seconds) / len(self.seconds), []
+        tok_per_sec = self.tokens_per_step / dt
+        self.tell(iter_num, {
+            **numbers, 'dt_ms': 1000 * dt, 'tok_per_sec': tok_per_sec,
+            'mfu': (tok_per_sec * self.flops_per_token / self.peak_flops if self.peak_flops
+                    else None)})
+
+    def tell(self, iter_num, numbers):
+        """Write {name: number or None} of a step or an evaluation, and show it to people."""
+        finite = {name: value if value is not None and math.isfinite(value) else None
+                  for name, value in numbers.items()}
+        shown = [SHOWN.get(name, name.replace('_', ' ') + ' {:.4f}').format(value)
+                 for name, value in numbers.items() if value is not None]
+        if self.bar is None or 'loss' not in numbers:
+            self.say(f'step {iter_num} | {" | ".join(shown)}')
+        else:
+            self.bar.update(iter_num - self.bar.n)
+            self.bar.set_description_str(' | '.join(
+                text for text in shown if text.startswith('loss') or text.endswith('tok/s')))
+        if self.file:
+            entry = {'iter': iter_num, **finite}
+            self.file.write(json.dumps(entry) + '\n')
+            self.plot(entry)
+
+    def say(self, line):
+        if self.is_main:
+            (self.bar.write if self.bar else print)(line)
+            sys.stdout.flush()  # a pod's log is a file: each line at once
+
+    def plot(self, entry):
+        for name, value in entry.items():
+            if self.board and name != 'iter' and value is not None:
+                self.board.add_scalar(name, value, entry['iter'])
+
+    def close(self):
+        for part in (self.bar, self.board, self.file):
+            if part is not None:
+                part.close()

@@ -27,6 +27,9 @@ LOST_PEER = re.compile(
     'communicator was aborted|nccl(Remote|System)Error', re.IGNORECASE)
 
 
+UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all processes together
+
+
 def environment():
     """(rank, local_rank, world_size), (0, 0, 1) when nobody set them. ValueError for nonsense."""
     values = []
@@ -46,23 +49,15 @@ def environment():
 
 
 def split(sequences, batch_size):
-    """(micro-steps, sequences in each) of this process's share of a step's `sequences`.
-
-    ValueError if the processes cannot share them equally.
-    """
+    """(micro-steps, sequences in each) of this process's equal share of a step's `sequences`."""
     world_size = environment()[2]
-    if sequences % world_size:
+    share, rest = divmod(sequences, world_size)
+    if rest:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
         raise ValueError(f'{world_size} processes cannot share batch_size x '
                          f'gradient_accumulation_steps = {sequences} sequences; these can: {valid}')
-    share = sequences // world_size
     steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
     return steps, share // steps
-
-
-def under_torchrun():
-    """Whether torchrun's agent started this process, and restarts it together with the others."""
-    return 'TORCHELASTIC_RUN_ID' in os.environ
 
 
 # --------------------------------------------------------------------------------- ends
@@ -78,7 +73,7 @@ def leave(code, message=None):
 
 
 def leave_in(seconds, code, message=None):
-    """A timer that ends the process unless it is cancelled, also one that is stuck in a call."""
+    """A timer that ends the process, even one that is stuck in a call, unless it is cancelled."""
     timer = threading.Timer(seconds, leave, [code, message])
     timer.daemon = True
     timer.start()
@@ -107,30 +102,24 @@ def lost_peers(stop=None, rescue=None):
 
 
 def finish(code):
-    """End a run that all ranks leave together, once rank 0 has written its last checkpoint.
-
-    Until the group is destroyed, NCCL's threads serve the other ranks: without them those could
-    abort. A process that died meanwhile can make that hang, hence the limit.
-    """
-    if dist.is_initialized():
-        with lost_peers():
-            dist.barrier()
-        leave_in(10, code)
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+    """End a run that all ranks leave together, once rank 0 has written its last checkpoint."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    with lost_peers():
+        dist.barrier()
+    leave_in(10, code)  # destroying can hang if a process died meanwhile
+    with suppress(RuntimeError):
+        dist.destroy_process_group()  # else the others' NCCL threads can miss this one's, and abort
     leave(code)
 
 
 class StopRequest:
-    """What SIGTERM and Ctrl-C ask for. Before arm() they end the process at once."""
+    """What SIGTERM and Ctrl-C ask for. Until it is armed they end the process at once."""
 
     def __init__(self):
         self.armed, self.signum, self.noted = False, None, 0
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.note)
-
-    def arm(self):
-        self.armed = True
 
     def note(self, signum, frame):
         again = self.signum and signum == signal.SIGINT and time.monotonic() - self.noted > 1
@@ -150,8 +139,8 @@ class StopRequest:
 def total(numbers, stop):
     """Sums over all ranks, and the exit code if any rank was asked to stop, else None.
 
-    numbers: {name: 1-dimensional tensor}; of each sum, the mean of its elements comes back as a
-    float. One reduction and one transfer to the host: there a GPU is waited for.
+    numbers: {name: 1-dimensional tensor}. Of each sum the mean of its elements comes back, a
+    float. One reduction and one transfer to the host, where a GPU is waited for.
     """
     parts = list(numbers.values())
     cuda = parts[0].is_cuda
@@ -163,12 +152,6 @@ def total(numbers, stop):
     *sums, (sigterm, sigint) = report.cpu().double().split([len(part) for part in parts] + [2])
     exit_code = 143 if sigterm else 130 if sigint else None
     return {name: sum_.mean().item() for name, sum_ in zip(numbers, sums)}, exit_code
-
-
-def compress(state, bucket):
-    """DDP's hook that all-reduces gradients as bfloat16; under its own name gloo is refused it."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-    return bf16_compress_hook(state, bucket)
 
 
 def share(state, device):
@@ -245,7 +228,7 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
     if world_size == 1:
         return
     hello = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
-    if under_torchrun():  # torchrun's agents have found each other already
+    if UNDER_TORCHRUN:  # the agents have found each other already
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         dist.all_reduce(hello)
         return

@@ -38,14 +38,13 @@ class Log:
     """The numbers of a run in `out_dir`, cut back to step `iter_num`, from which it resumes.
 
     So no step is told twice. evaluated: whether that step's evaluation was told. Only the main
-    process speaks, and it writes files if `writing`. peak_flops: of all devices, 0 if unknown.
+    process speaks, and it writes files if `writing`. peak_tok_per_sec: at an MFU of 1, 0 if unknown.
     """
 
     def __init__(self, out_dir, is_main, writing, iter_num, evaluated, config, tokens_per_step,
-                 flops_per_token, peak_flops):
+                 peak_tok_per_sec):
         self.is_main, self.config, self.seconds = is_main, config, []
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.tokens_per_step, self.peak_tok_per_sec = tokens_per_step, peak_tok_per_sec
         self.file = self.board = self.bar = None
         if not (is_main and writing):
             return
@@ -79,8 +78,7 @@ class Log:
         tok_per_sec = self.tokens_per_step / dt
         self.tell(iter_num, {
             **numbers, 'dt_ms': 1000 * dt, 'tok_per_sec': tok_per_sec,
-            'mfu': (tok_per_sec * self.flops_per_token / self.peak_flops if self.peak_flops
-                    else None)})
+            'mfu': tok_per_sec / self.peak_tok_per_sec if self.peak_tok_per_sec else None})
 
     def tell(self, iter_num, numbers):
         """Write {name: number or None} of a step or an evaluation, and show it to people."""

@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -142,7 +143,7 @@ with user_errors():
 weights = state.pop('model', None)  # rank 0's: DDP gives them to the others
 origin = 'scratch' if weights is None else ckpt_path if 'iter_num' in state else init_from
 finished = state.get('val_loss') is not None and state['iter_num'] >= max_iters and not eval_only
-if finished and ddp and not distributed.under_torchrun():
+if finished and ddp and not distributed.UNDER_TORCHRUN:
     # Started again after the end, when the others have left: do not wait for them.
     sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps'))
 torch.manual_seed(seed)
@@ -162,7 +163,8 @@ with distributed.lost_peers():
     if ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if ddp and grad_compress:
-        model.register_comm_hook(None, distributed.compress)
+        # Under its own name DDP refuses this hook on gloo, where it works.
+        model.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 autocast = hardware.autocast(torch_device, amp_dtype)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
 best_val_loss = state.get('best_val_loss', math.inf)
@@ -195,8 +197,8 @@ def get_lr(iter_num):
 tokens_per_step = sequences * block_size
 with user_errors():
     log = Log(out_dir, is_main, not eval_only, iter_num, val_loss is not None, config,
-              tokens_per_step, raw_model.train_flops_per_token(),
-              world_size * hardware.peak_flops(torch_device))
+              tokens_per_step, peak_tok_per_sec=world_size * hardware.peak_flops(torch_device)
+              / raw_model.train_flops_per_token())
 log.say(f'{raw_model.num_params():,} parameters from {origin}, {amp_dtype}'
         f'{", compiled" if compiled else ""}, on {world_size} x {hardware.describe(torch_device)}')
 log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} per '
@@ -245,7 +247,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
             model(idx, idx)[1].backward()
         raw_model.zero_grad(set_to_none=True)
     batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
-    stop.arm()  # from here on a signal waits for the end of the step
+    stop.armed = True  # from here on a signal waits for the end of the step
     while True:
         # eval
         last, evaluated, best = iter_num >= max_iters, False, False

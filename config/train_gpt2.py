@@ -1,10 +1,14 @@
-"""GPT-2 124M on OpenWebText, from scratch: 8 GPUs of 40 GB or more, about four days on A100s.
+"""GPT-2 124M on OpenWebText, from scratch: 8 GPUs of 16 GB or more, about four days on A100s.
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     kubectl create -f job.yaml
 
-Any number of processes that divides 480 makes the same run. nanoGPT reports a validation loss of
-2.85 for this recipe; it has not been run to its end here.
+Any number of processes that divides 480 trains on the same batches. Larger micro-batches fill a GPU
+of 80 GB, with the same 480 sequences a step and as many in an evaluation:
+
+    --batch_size=60 --gradient_accumulation_steps=8 --eval_iters=40      # 1 to 8 GPUs
+
+nanoGPT reports a validation loss of 2.85 for this recipe; it was never trained to completion here.
 """
 out_dir = 'out-gpt2'
 init_from = 'auto'  # a restarted pod goes on from the last checkpoint
@@ -15,7 +19,6 @@ gradient_accumulation_steps = 40
 block_size = 1024
 
 max_iters = 600_000  # x 0.49M tokens = 295B tokens, 33 times OpenWebText's 9B
-lr_decay_iters = 600_000
 warmup_iters = 2000
 learning_rate = 6e-4
 min_lr = 6e-5

@@ -1,6 +1,6 @@
 """GPT-2 124M as in train_gpt2.py, with Muon on the blocks' matrices: fewer steps for the same loss.
 
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_muon.py
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_muon.py  # GPUs of 16 GB
 
 Muon (Jordan et al., 2024) makes each matrix's update orthogonal; AdamW keeps the embeddings and the
 norms. On a 10M-parameter model with GPT-2's tokens, 0.6 of AdamW's steps ended below AdamW's final
@@ -12,7 +12,6 @@ init_from = 'auto'
 
 # 12 sequences x 40 x 1024 tokens = 491,520 tokens per step, as in train_gpt2.py
 max_iters = 360_000  # 0.6 x 600,000
-lr_decay_iters = 360_000
 optimizer = 'muon'
 muon_learning_rate = 0.02  # an orthogonal update has entries of one size: the rate hardly depends
 learning_rate = 1.8e-3  # on width. AdamW's: 3 x train_gpt2.py's, for embeddings and norms alone

@@ -12,7 +12,6 @@ batch_size = 8
 gradient_accumulation_steps = 8
 
 max_iters = 2000  # x 65,536 tokens = 131M tokens, 13 times the data set's 10M
-lr_decay_iters = 2000
 warmup_iters = 100
 
 eval_interval = 250

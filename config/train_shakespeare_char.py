@@ -18,7 +18,6 @@ batch_size = 16
 gradient_accumulation_steps = 1  # 16 x 128 = 2,048 tokens per step
 
 max_iters = 1200  # x 2,048 tokens = 2.5M tokens, half of the text
-lr_decay_iters = 1200
 warmup_iters = 50
 lr_schedule = 'linear'
 optimizer = 'muon'

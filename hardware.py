@@ -30,6 +30,12 @@ def describe(device):
     return f'{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)'
 
 
+def peak_memory(device):
+    """{'peak_gib': the most that tensors have taken on a CUDA device so far}, {} for another."""
+    cuda = torch.device(device).type == 'cuda'
+    return {'peak_gib': torch.cuda.max_memory_allocated(device) / 2**30} if cuda else {}
+
+
 def resolve_device(device, local_rank=0):
     """'auto' or a device's name -> 'cuda:<local_rank>', 'cuda:1', 'mps' or 'cpu'."""
     mps = getattr(torch.backends, 'mps', None)

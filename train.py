@@ -304,7 +304,8 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         iter_num, val_loss = iter_num + 1, None
 
         # log
-        log.step(iter_num, time.perf_counter() - began, {**numbers, 'lr': lr})
+        numbers = {**numbers, 'lr': lr, **hardware.peak_memory(torch_device)}
+        log.step(iter_num, time.perf_counter() - began, numbers)
 
 log.close()
 if exit_code and not eval_only:

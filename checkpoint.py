@@ -88,7 +88,8 @@ def load_checkpoint(path):
     """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
     path = str(path)
     if not exists(path):
-        raise ValueError(f'no {path}: expected a checkpoint that train.py wrote')
+        raise ValueError(f'no {path}: expected a checkpoint of train.py, which starts anew with '
+                         '--init_from=auto')
     try:
         ckpt = load_plain(path)
     except Exception as error:  # a damaged file can raise anything from torch.load

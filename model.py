@@ -16,6 +16,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+try:
+    from torch.compiler import is_compiling
+except ImportError:  # torch 2.1 has it elsewhere, torch 1.13 has no compiler
+    is_compiling = getattr(torch._utils, 'is_compiling', lambda: False)
+
 MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, no weights
 
 
@@ -118,6 +123,56 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy whose logits (N, V) exist once: their gradient is written over them.
+
+    They are by far the largest tensor; the plain loss keeps them, a float32 copy, and gradients of
+    both. Only `rows` of them are float32 at a time. Same loss, same gradients, a tenth faster.
+    """
+    rows = 64  # on a CPU, whose cache holds them; a GPU wants few and large kernels
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        logits, log_likelihood = F.linear(x, weight), []
+        rows = HeadLoss.rows if x.device.type == 'cpu' else 1024
+        for z, t in zip(logits.split(rows), targets[:, None].split(rows)):
+            p = z.float().log_softmax(-1)
+            log_likelihood.append(p.gather(1, t))
+            p.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=p.dtype))
+            z.copy_(p)  # d loss / d logits, but for the factor 1 / N
+        ctx.save_for_backward(x, weight, logits)
+        return -torch.cat(log_likelihood).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, g = ctx.saved_tensors
+        g *= grad / len(x)  # before the products: float16's scaled gradients must stay in range
+        return (g @ weight.to(g.dtype)).to(x.dtype), (g.t() @ x.to(g.dtype)).to(weight.dtype), None
+
+
+def next_token_loss(x, weight, targets):
+    """Mean cross-entropy in nats of softmax(x weight^T) against targets: x (N, C), targets (N)."""
+    # To try ideas about the loss, return F.cross_entropy(F.linear(x, weight).float(), targets, ...)
+    # in every case: the same number, at three times the memory.
+    if is_compiling():  # torch.compile fuses the plain form
+        return F.cross_entropy(F.linear(x, weight).float(), targets)
+    return HeadLoss.apply(x, weight, targets)
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None):
+    """One token id (B, 1) drawn from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    ids = None
+    if top_k or top_p not in (None, 1):  # the likeliest first; and few are drawn from faster
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    probs = (logits / temperature).softmax(-1)
+    if top_p not in (None, 1):
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the first always stays
+    drawn = torch.multinomial(probs, 1)
+    return drawn if ids is None else ids.gather(-1, drawn)
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -182,74 +237,84 @@ class GPT(nn.Module):
         AdamW decays matrices and embeddings, not biases and norms. Muon (Jordan et al., 2024)
         takes the matrices inside the blocks; AdamW keeps the embeddings and all vectors.
         """
-        params = dict(self.named_parameters())
-        muon = {}
-        if optimizer == 'muon':
-            if not hasattr(torch.optim, 'Muon'):
-                raise ValueError(f'optimizer=muon: torch {torch.__version__} has no Muon '
-                                 '(torch >= 2.9 has): install it or type --optimizer=adamw')
-            muon = {n: p for n, p in params.items()
-                    if p.dim() == 2 and n.startswith('transformer.h.')}
-        elif optimizer != 'adamw':
-            raise ValueError(f"optimizer={optimizer}: expected 'adamw' or 'muon'")
-        rest = [p for n, p in params.items() if n not in muon]
-        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
         # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
         version = tuple(int(x) for x in torch.__version__.split('.')[:2])
-        fused = version >= ((2, 0) if device_type == 'cuda' else (2, 4))
-        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas,
-                                  **({'fused': True} if fused else {}))
-        if not muon:
-            return [adamw]
-        return [torch.optim.Muon(list(muon.values()), lr=muon_learning_rate, momentum=0.95,
-                                 weight_decay=weight_decay), adamw]
+        fused = {'fused': True} if version >= ((2, 0) if device_type == 'cuda' else (2, 4)) else {}
+
+        def adamw(params):
+            groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                      {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **fused)
+
+        if optimizer == 'adamw':
+            return [adamw(list(self.parameters()))]
+        if optimizer == 'muon':
+            if not hasattr(torch.optim, 'Muon'):
+                raise ValueError(f'optimizer=muon: needs torch >= 2.9, and this is '
+                                 f'{torch.__version__}: type --optimizer=adamw')
+            blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+            rest = [p for p in self.parameters() if p not in set(blocks)]
+            return [torch.optim.Muon(blocks, lr=muon_learning_rate, momentum=0.95,
+                                     weight_decay=weight_decay), adamw(rest)]
+        raise ValueError(f'optimizer={optimizer}: expected adamw or muon')
 
     # ------------------------------------------------------------------------------------------
     # weights in and out
 
     @torch.no_grad()
-    def fill(self, source, names, read):
-        """Copy read(name) into each parameter; `names` must be those of the parameters."""
-        params = dict(self.named_parameters())  # the tied weight once, as transformer.wte.weight
-        for fault, wrong in (('lacks', params.keys() - names), ('has also', names - params.keys())):
-            if wrong:
-                more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-                raise ValueError(f'{source}: {fault} {", ".join(sorted(wrong)[:3])}{more}: '
+    def load_weights(self, source, tensors):
+        """Copy `tensors`, named as in state_dict(), into the model. Each leaves the dict when it
+        is copied, and with it the pages of a mapped file. ValueError, which names source, if names
+        or sizes are not the model's own."""
+        own = self.state_dict()
+        if self.lm_head.weight is self.transformer.wte.weight:
+            del own['lm_head.weight']  # the tied weight once
+        extra = {name for name in tensors.keys() - own.keys()
+                 if not name.endswith((*MASKS, 'lm_head.weight'))}
+        for fault, names in (('lacks', own.keys() - tensors.keys()), ('has also', extra)):
+            if names:
+                more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+                raise ValueError(f'{source}: {fault} {", ".join(sorted(names)[:3])}{more}: '
                                  f'expected the tensors of {self.config}')
-        for name, p in params.items():
-            tensor = read(name)
+        for name, p in own.items():
+            tensor = tensors.pop(name)
             if tensor.shape != p.shape:
                 raise ValueError(f'{source}: {name} is {tuple(tensor.shape)}: '
                                  f'expected {tuple(p.shape)} for {self.config}')
             p.copy_(tensor)
 
     @classmethod
-    def from_checkpoint(cls, ckpt):
+    def from_checkpoint(cls, ckpt, dropout=None):
         """The GPT whose shape and weights are in ckpt, which `load_checkpoint` returned."""
-        fields = GPTConfig.__dataclass_fields__.keys()
-        if not ckpt['model_args'].keys() <= fields:
-            raise ValueError(f'checkpoint: model_args are {", ".join(ckpt["model_args"])}: '
+        fields, args = GPTConfig.__dataclass_fields__, dict(ckpt['model_args'])
+        if not args.keys() <= fields.keys():
+            raise ValueError(f'checkpoint: model_args are {", ".join(args)}: '
                              f'expected only {", ".join(fields)}')
-        model = cls(GPTConfig(**ckpt['model_args']))
-        model.fill('checkpoint', ckpt['model'].keys() - {'lm_head.weight'}, ckpt['model'].get)
+        if dropout is not None:
+            args['dropout'] = dropout
+        model = cls(GPTConfig(**args))
+        model.load_weights('checkpoint', dict(ckpt['model']))
         return model
 
     @classmethod
     def from_pretrained(cls, source, block_size=None, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
         in a folder of that format. A smaller block_size cuts the positions."""
-        import pretrained  # here: to train from scratch needs none of it
-        return pretrained.read(cls, source, block_size, dropout)
+        import huggingface  # here: to train from scratch needs none of it
+        ckpt = huggingface.load(source, block_size)
+        model = cls(GPTConfig(**ckpt['model_args'], dropout=dropout))
+        model.load_weights(source, ckpt['model'])
+        return model
 
-    def save_pretrained(self, folder, dtype=None, vocab_size=None):
-        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, to folder.
+    def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None):
+        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder.
 
         dtype is that of the file, vocab_size the number of embeddings to write; None keeps what
         is. Biases that the model lacks become zeros: the format has no other way.
         """
-        import pretrained
-        pretrained.write(self, folder, dtype, vocab_size)
+        import huggingface
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
 
     # ------------------------------------------------------------------------------------------
     # generation
@@ -287,51 +352,3 @@ class GPT(nn.Module):
         """idx (B, T) continued to (B, T + max_new_tokens); see `stream` for the options."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
         return torch.cat((idx, *new), 1)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy whose logits (N, V) exist once: their gradient is written over them.
-
-    They are by far the largest tensor; the plain loss keeps them, a float32 copy, and gradients of
-    both. Only `rows` of them are float32 at a time. Same loss, same gradients, a tenth faster.
-    """
-    rows = 64  # on a CPU, whose cache holds them; a GPU wants few and large kernels
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        logits, log_likelihood = F.linear(x, weight), []
-        rows = HeadLoss.rows if x.device.type == 'cpu' else 1024
-        for z, t in zip(logits.split(rows), targets[:, None].split(rows)):
-            p = z.float().log_softmax(-1)
-            log_likelihood.append(p.gather(1, t))
-            p.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=p.dtype))
-            z.copy_(p)  # d loss / d logits, but for the factor 1 / N
-        ctx.save_for_backward(x, weight, logits)
-        return -torch.cat(log_likelihood).mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, g = ctx.saved_tensors
-        g *= grad / len(x)  # before the products: float16's scaled gradients must stay in range
-        return (g @ weight.to(g.dtype)).to(x.dtype), (g.t() @ x.to(g.dtype)).to(weight.dtype), None
-
-
-def next_token_loss(x, weight, targets):
-    """Mean cross-entropy in nats of softmax(x weight^T) against targets: x (N, C), targets (N)."""
-    if hasattr(torch, 'compiler') and torch.compiler.is_compiling():  # it fuses the plain form
-        return F.cross_entropy(F.linear(x, weight).float(), targets)
-    return HeadLoss.apply(x, weight, targets)
-
-
-def pick(logits, temperature=1.0, top_k=None, top_p=None):
-    """One token id (B, 1) drawn from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    ids = None
-    if top_k or top_p not in (None, 1):  # the likeliest first; and few are drawn from faster
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
-    probs = (logits / temperature).softmax(-1)
-    if top_p not in (None, 1):
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the first always stays
-    drawn = torch.multinomial(probs, 1)
-    return drawn if ids is None else ids.gather(-1, drawn)

@@ -253,7 +253,8 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         if new:
             val_loss = numbers['val_loss']
             if not math.isfinite(val_loss):
-                raise FloatingPointError(f'step {iter_num}: {numbers}; {ckpt_path} was left alone')
+                raise FloatingPointError(
+                    f'step {iter_num}: val loss {val_loss}; {ckpt_path} was left alone')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             log.tell(iter_num, numbers)
 
@@ -289,8 +290,9 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         finite = math.isfinite(numbers['grad_norm'])
         # float16's scaler expects infinite gradients now and then: it skips the step.
         if not math.isfinite(numbers['loss']) or not (finite or scaler.is_enabled()):
-            raise FloatingPointError(f'step {iter_num + 1}: {numbers}; {ckpt_path} was left alone: '
-                                     'resume with a lower --learning_rate or --dtype=float32')
+            raise FloatingPointError(
+                f'step {iter_num + 1}: loss {numbers["loss"]}, grad norm {numbers["grad_norm"]}; '
+                f'resume from {ckpt_path} with a lower --learning_rate or --dtype=float32')
         for o in optimizers:
             if finite:
                 scaler.step(o)

@@ -1,26 +1,23 @@
 """Options from config files and --key=value: python SCRIPT [config/x.py ...] [--key=value ...]
 
-A script's options are the assignments at its top, `name = default  # unit and meaning`. What their
-values must be stands once, in a table right below them:
+A script starts with its options, `name = default  # unit and meaning`, and a table of limits:
 
     limits = {'steps warmup': at_least(1), 'dropout': between(0, 1), 'kind': one_of('a', 'b')}
     options = configurator.options(globals())
     globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
-
-Imported first, this module also turns a missing package into one line that says what to install.
 """
 import ast
 import difflib
 import math
 import os
 import re
+import runpy
 import shlex
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Options that people know from elsewhere, and what takes their place.
-FOREIGN = {
+FOREIGN = {  # options that people know from elsewhere, and what takes their place
     'lr': 'type --learning_rate',
     'epochs': 'type --max_iters, in optimizer steps',
     'decay_lr': 'for a constant rate set min_lr equal to learning_rate',
@@ -39,7 +36,6 @@ def more_than(low):
 
 
 def between(low, high):
-    """From low up to, but not including, high."""
     return f'{low} or more, and less than {high}', lambda value: low <= value < high
 
 
@@ -49,26 +45,22 @@ def one_of(*words):
 
 def options(namespace):
     """The options among a script's globals: its public names that hold a plain value."""
-    return {k: v for k, v in namespace.items()
-            if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
+    return {k: v for k, v in namespace.items() if k[0] != '_' and isinstance(v, (int, float, str))}
 
 
 def override(defaults, argv, script, limits=None):
     """`defaults` after every config file and --key=value of `argv`, in the order given.
 
-    limits: {'one or more names': (what is expected, in words; whether a value is that)}. Ends the
-    program with one line if an option is unknown, of the wrong type or beyond its limit, or if a
-    file is missing; for --help, after printing the options as the files before it set them.
+    limits: {'one or more names': (what is expected, in words; whether a value is that)}. A mistake
+    ends the program in one line; --help, after printing the options as they are set before it.
     """
     values = dict(defaults)
     with user_errors():
-        for arg, following in zip(argv, [*argv[1:], '']):
+        for arg, following in zip(argv, [*argv[1:], '--']):
             if arg in ('-h', '--help'):
-                try:
-                    print(usage(values, script), flush=True)
-                except BrokenPipeError:  # of `| head`; exiting flushes once more
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(0)
+                with suppress(BrokenPipeError):  # of `| head`
+                    sys.exit(print(usage(values, script), flush=True))
+                os._exit(0)  # a clean exit would flush, and fail, once more
             if not arg.startswith('--'):
                 read_config(arg, defaults, values)
                 continue
@@ -87,8 +79,7 @@ def override(defaults, argv, script, limits=None):
 
 @contextmanager
 def user_errors(*kinds):
-    """End with one line, which names the rank, for what a user can mend (by default ValueError and
-    OSError). A bug keeps its traceback."""
+    """One line for what a user can mend, by default ValueError and OSError; not for a bug."""
     try:
         yield
     except (kinds or (ValueError, OSError)) as error:  # noqa: B030
@@ -103,13 +94,13 @@ def this_script():
 
 def missing_package(kind, error, traceback):
     if kind is ModuleNotFoundError and error.name:
-        name = error.name.partition('.')[0]
-        print(f'{this_script()}: needs the package {name}: pip install {name}', file=sys.stderr)
+        print(f'{this_script()}: needs the package {error.name}: pip install {error.name}',
+              file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = missing_package
+sys.excepthook = missing_package  # so scripts import this module before all others
 
 
 def command(**changed):
@@ -121,11 +112,9 @@ def command(**changed):
 def read_config(path, defaults, values):
     """Run the assignments of a config file on top of `values`, whose names it may use."""
     if not Path(path).is_file():
-        raise ValueError(f'{path}: no such config file; expected e.g. config/train_gpt2.py '
-                         'or --key=value')
+        raise ValueError(f'{path}: no such config file; expected config/x.py or --key=value')
     try:
-        namespace = dict(values)
-        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), namespace)
+        namespace = runpy.run_path(path, values)
     except Exception as e:  # whatever a config file may raise: name the file, and say what
         raise ValueError(f'{path}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
@@ -138,23 +127,17 @@ def read_config(path, defaults, values):
 def check_known(key, defaults, where):
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
-        hint = FOREIGN.get(key) or (
-            f'did you mean {near[0]}?' if near else '--help lists the options')
-        raise ValueError(f'{where}: unknown option {key}; {hint}')
+        hint = f'did you mean {near[0]}?' if near else '--help lists the options'
+        raise ValueError(f'{where}: unknown option {key}; {FOREIGN.get(key, hint)}')
 
 
-def parse(text, default, where):
-    """The value that `text` spells for an option whose default is `default`."""
-    value = text
+def parse(value, default, where):
+    """The value that this text spells for an option whose default is `default`."""
     if isinstance(default, bool) or default == 'auto':
-        value = {'true': True, 'false': False}.get(text.lower(), text)
+        value = {'true': True, 'false': False}.get(value.lower(), value)
     elif isinstance(default, (int, float)):
-        for kind in (int, float):
-            try:
-                value = kind(text)
-                break
-            except ValueError:
-                pass  # stays text, which check_type refuses
+        with suppress(ValueError):  # what is no number stays text, which check_type refuses
+            value = type(default)(value)
     return check_type(value, default, where)
 
 
@@ -170,16 +153,13 @@ def check_type(value, default, where):
 
 def usage(values, script):
     """The script's docstring and its options, with the comments beside and above them."""
-    source, shown = Path(script).read_text(encoding='utf-8'), set()
+    source, left = Path(script).read_text(encoding='utf-8'), dict(values)
     lines = [ast.get_docstring(ast.parse(source)), '']
     for name, comment, heading in re.findall(
             r'^(?:(\w+) = [^#\n]+?(?:  # (.*))?|# (?!-)(.*))$', source, re.MULTILINE):
-        if len(shown) == len(values):
-            break
-        if heading:
+        if heading and left:
             lines.append(f'# {heading}')
-        elif name in values:
-            shown.add(name)
-            value = str(values[name]).replace('\n', '\\n')
-            lines.append(f'  --{name}={value}'.ljust(38) + f' {comment}')
+        elif name in left:
+            option = f'--{name}={left.pop(name)}'.replace('\n', '\\n')
+            lines.append(f'  {option:36} {comment}')
     return '\n'.join(lines)

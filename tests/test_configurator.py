@@ -1,29 +1,31 @@
 """configurator.py: options come from config files and --key=value, in order, or end in one line."""
+import configurator
+
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT, options_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-import configurator
-
 DEFAULTS = {'n_layer': 12, 'learning_rate': 6e-4, 'bias': False, 'out_dir': 'out',
-            'compile': 'auto', 'start': '\n'}
+            'compile': 'auto', 'start': '\n', 'width': 5}
 
 
-def override(*argv, defaults=DEFAULTS):
-    return configurator.override(defaults, argv, 'script.py')
+def override(*argv, **limits):
+    return configurator.override(DEFAULTS, argv, 'script.py', limits)
 
 
-def refuse(*argv):
-    """The one line that ends the script."""
+def refuse(*argv, **limits):
+    """The one line that ends the script, without the script's name."""
     with pytest.raises(SystemExit) as caught:
-        override(*argv)
+        override(*argv, **limits)
     line = caught.value.code  # a string: printed to stderr, exit code 1
-    assert isinstance(line, str) and line.startswith('script.py: ') and '\n' not in line
-    return line
+    name = f'{configurator.this_script()}: '
+    assert isinstance(line, str) and line.startswith(name) and '\n' not in line
+    return line[len(name):]
 
 
 @pytest.fixture
@@ -32,13 +34,6 @@ def config(tmp_path):
         (tmp_path / name).write_text(text, encoding='utf-8')
         return str(tmp_path / name)
     return write
-
-
-def test_nothing_given_leaves_the_defaults_and_nothing_changes_them(config):
-    before = dict(DEFAULTS)
-    assert override() == DEFAULTS
-    assert override('--n_layer=3', config('bias = True'))['n_layer'] == 3
-    assert before == DEFAULTS
 
 
 @pytest.mark.parametrize(('option', 'value'), [
@@ -50,11 +45,11 @@ def test_nothing_given_leaves_the_defaults_and_nothing_changes_them(config):
     ('--out_dir=--n_layer=3', '--n_layer=3'), ('--start=two\nlines', 'two\nlines'),
     ('--compile=auto', 'auto'), ('--compile=False', False), ('--compile=true', True),
     ('--compile=inductor', 'inductor')])
-def test_a_value_is_read_as_the_type_of_its_default(option, value):
-    name = option[2:].partition('=')[0]
+def test_a_value_is_read_as_the_type_of_its_default_and_changes_no_other(option, value):
+    name, before = option[2:].partition('=')[0], dict(DEFAULTS)
     got = override(option)
     assert got[name] == value and type(got[name]) is type(value)
-    assert {**got, name: DEFAULTS[name]} == DEFAULTS
+    assert {**got, name: DEFAULTS[name]} == DEFAULTS == before
 
 
 @given(st.fixed_dictionaries({}, optional={
@@ -67,78 +62,77 @@ def test_every_value_survives_the_command_line(values):
 
 
 @given(st.sampled_from(['n_layer', 'learning_rate', 'bias']), st.text())
-def test_any_text_for_a_number_or_a_bool_is_taken_or_refused_by_name(name, text):
-    line = None
-    try:
-        value = override(f'--{name}={text}')[name]
-    except SystemExit as e:
-        line = e.code
-    if line is None:
-        assert type(value) is type(DEFAULTS[name])
-    else:
-        assert line.startswith(f'script.py: --{name}={text}: expected ')
+def test_any_text_for_a_number_or_a_bool_is_taken_or_ends_the_script(name, text):
+    with suppress(SystemExit):
+        assert type(override(f'--{name}={text}')[name]) is type(DEFAULTS[name])
 
 
 def test_later_arguments_win_whatever_they_are(config):
-    two = config('n_layer = 2\nbias = True')
-    assert override(two, '--n_layer=3')['n_layer'] == 3
+    two, three = config('n_layer = 2\nbias = True'), config('n_layer = 3', 'y.py')
+    for argv in (two, '--n_layer=3'), (three,), (two, three), (two, '--n_layer=4', three):
+        got = override(*argv)
+        assert (got['n_layer'], got['bias']) == (3, two in argv)
     assert override('--n_layer=3', two)['n_layer'] == 2
-    three = config('n_layer = 3', 'y.py')
-    got = override(two, three)
-    assert (got['n_layer'], got['bias']) == (3, True)
-    assert override('--n_layer=4', '--n_layer=5')['n_layer'] == 5
 
 
-def test_a_config_file_may_use_its_own_names_and_what_was_set_before_it(config):
-    path = config('"""What it is."""\nlearning_rate = 1e-3\nn_layer = 2 * n_layer\n'
-                  'out_dir = f"out-{n_layer}"')
+def test_a_config_file_has_any_name_and_text_and_may_use_what_was_set_before_it(config):
+    path = config('"""What it is."""\nlearning_rate = 1  # é\nn_layer = 2 * n_layer\n'
+                  'out_dir = f"日本-{n_layer}"\ncompile = False', 'mit Leerzeichen.py')
     got = override('--n_layer=5', path)
-    assert (got['n_layer'], got['out_dir'], got['learning_rate']) == (10, 'out-10', 1e-3)
+    assert (got['n_layer'], got['out_dir'], got['compile']) == (10, '日本-10', False)
+    assert got['learning_rate'] == 1 and type(got['learning_rate']) is float
 
 
-def test_a_config_file_takes_an_int_for_a_float_and_a_bool_for_auto(config):
-    got = override(config('learning_rate = 1\ncompile = False'))
-    assert (got['learning_rate'], got['compile']) == (1.0, False)
-    assert type(got['learning_rate']) is float
+@pytest.mark.parametrize(('argv', 'words'), [
+    ('--n_layers=3', 'n_layers n_layer?'), ('--learning-rate=1', 'learning_rate?'),
+    ('--lerning_rate=1', 'learning_rate?'), ('--xyzzy=1', 'xyzzy --help'),
+    ('--n_layer=two', '--n_layer=two int 12'), ('--n_layer=1.0', '--n_layer=1.0 int'),
+    ('--n_layer=', '--n_layer= int'), ('--n_layer=True', '--n_layer=True int'),
+    ('--learning_rate=fast', '--learning_rate=fast float 0.0006'),
+    ('--learning_rate=nan', '--learning_rate=nan finite'),
+    ('--learning_rate=inf', '--learning_rate=inf finite'),
+    ('--bias=1', '--bias=1 bool False'), ('--bias=yes', '--bias=yes bool'),
+    ('--n_layer', '--n_layer=12'), ('--n_layer 5', '--n_layer=5'), ('--', '--'),
+    ('--n_layer --bias=True', '--n_layer=12'), ('-n_layer=3', '-n_layer=3'),
+    ('n_layer=3', 'n_layer=3 --'), ('.', 'no such config file'),
+    ('config/train_gpt5.py', 'config/train_gpt5.py no such config/'),
+    # what other programs call it
+    ('--lr=1e-3', '--lr=1e-3 --learning_rate'), ('--decay_lr=False', 'min_lr'),
+    ('--always_save_checkpoint=True', 'best.pt'), ('--wandb_log=True', 'log.jsonl')])
+def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
+    line = refuse(*argv.split())
+    assert all(word in line for word in words.split()), line
 
 
-def test_a_config_file_that_lies_elsewhere_and_has_any_text_is_read(config):
-    assert override(config('out_dir = "日本"  # é', 'mit Leerzeichen.py'))['out_dir'] == '日本'
-
-
-@pytest.mark.parametrize(('option', 'words'), [
-    ('--n_layers=3', ['n_layers', 'n_layer?']), ('--learning-rate=1', ['learning_rate?']),
-    ('--lerning_rate=1', ['learning_rate?']), ('--xyzzy=1', ['xyzzy', '--help']),
-    ('--n_layer=two', ['--n_layer=two', 'int', '12']), ('--n_layer=1.0', ['--n_layer=1.0', 'int']),
-    ('--n_layer=', ['--n_layer=', 'int']), ('--n_layer=True', ['--n_layer=True', 'int']),
-    ('--learning_rate=fast', ['--learning_rate=fast', 'float', '0.0006']),
-    ('--learning_rate=nan', ['--learning_rate=nan', 'finite']),
-    ('--learning_rate=inf', ['--learning_rate=inf', 'finite']),
-    ('--bias=1', ['--bias=1', 'bool', 'False']), ('--bias=yes', ['--bias=yes', 'bool']),
-    ('--n_layer', ['--n_layer', '=', '12']), ('--', ['--']),
-    ('-n_layer=3', ['-n_layer=3']), ('n_layer=3', ['n_layer=3', '--']),
-    ('config/train_gpt5.py', ['config/train_gpt5.py', 'no such', 'config/'])])
-def test_a_wrong_argument_is_named_with_what_was_expected(option, words):
-    line = refuse(option)
-    assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize(('text', 'words'), [
-    ('n_layers = 3', ['n_layers = 3', 'n_layer?']), ('n_layer = 2.5', ['n_layer = 2.5', 'int']),
-    ('n_layer = True', ['n_layer = True', 'int']), ("bias = 'True'", ["bias = 'True'", 'bool']),
-    ('bias = 1', ['bias = 1', 'bool']), ('out_dir = 3', ['out_dir = 3', 'str']),
-    ('learning_rate = None', ['learning_rate = None', 'float']),
-    ('learning_rate = float("nan")', ['finite']), ('compile = 3', ['compile = 3', 'str']),
-    ('n_layer = 1 // 0', ['ZeroDivisionError']), ('n_layer = ', ['SyntaxError']),
-    ('n_layer = n_layres', ['NameError', 'n_layres']), ('import os', ['os', 'unknown'])])
-def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, words, config):
+@pytest.mark.parametrize(('text', 'says'), [
+    ('n_layers = 3', 'n_layers = 3: unknown option n_layers; did you mean n_layer?'),
+    ('n_layer = 2.5', 'n_layer = 2.5: expected int, e.g. 12'),
+    ('n_layer = True', 'n_layer = True: expected int'), ('bias = 1', 'bias = 1: expected bool'),
+    ("bias = 'True'", "bias = 'True': expected bool"), ('out_dir = 3', 'out_dir = 3: expected str'),
+    ('learning_rate = None', 'learning_rate = None: expected float'),
+    ('learning_rate = float("nan")', 'learning_rate = nan: expected a finite number'),
+    ('compile = 3', 'compile = 3: expected str'), ('n_layer = 1 // 0', 'ZeroDivisionError'),
+    ('n_layer = ', 'SyntaxError'), ('n_layer = n_layres', 'NameError'), ('import os', 'os = ')])
+def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, says, config):
     path = config(text)
-    line = refuse(path)
-    assert all(word in line for word in [path, *words]), line
+    assert refuse(path).startswith(f'{path}: {says}')
 
 
-def test_a_folder_is_no_config_file(tmp_path):
-    assert 'no such config file' in refuse(str(tmp_path))
+@pytest.mark.parametrize(('limit', 'taken', 'refused', 'words'), [
+    (configurator.at_least(1), [1, 2], [0, -1], '1 or more'),
+    (configurator.more_than(0), [1], [0, -1], 'more than 0'),
+    (configurator.between(0, 2), [0, 1], [-1, 2], '0 or more, and less than 2'),
+    (configurator.one_of(5, 7), [5, 7], [6], '5 or 7')])
+def test_the_last_value_of_each_name_is_held_to_its_limit(limit, taken, refused, words, config):
+    limits = {'n_layer width': limit, 'out_dir': configurator.one_of('out')}
+    for value in taken:
+        got = override('--n_layer=99', f'--n_layer={value}', f'--width={value}', **limits)
+        assert got['n_layer'] == got['width'] == value
+    for value in refused:
+        for name in ('n_layer', 'width'):
+            for source in (f'--{name}={value}', config(f'{name} = {value}')):
+                line = refuse(f'--n_layer={taken[0]}', f'--width={taken[0]}', source, **limits)
+                assert line == f'--{name}={value}: expected {words}'
 
 
 def test_options_are_the_public_plain_values_of_a_script():
@@ -147,17 +141,40 @@ def test_options_are_the_public_plain_values_of_a_script():
     assert configurator.options(namespace) == {'n': 1, 'f': 1.0, 'b': True, 's': ''}
 
 
-def test_a_script_of_three_lines_gets_options_errors_and_help(tmp_path):
+def test_a_users_mistake_ends_in_one_line_with_the_rank_and_a_bug_does_not(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    with pytest.raises(SystemExit, match=r'^train\.py: no$'), configurator.user_errors():
+        raise ValueError('no')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit, match=r'^train\.py: rank 1: no$'), configurator.user_errors():
+        raise FileNotFoundError('no')
+    with pytest.raises(ValueError, match='no'), configurator.user_errors(OSError):
+        raise ValueError('no')
+    with pytest.raises(KeyError), configurator.user_errors():
+        raise KeyError('no')
+
+
+def test_the_command_to_type_again_has_the_options_that_changed_once(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py', '--out_dir=a b', '--lr=1'])
+    assert configurator.command(lr=3, init_from='resume') == (
+        "python train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
+
+
+def test_a_script_of_some_lines_gets_options_errors_and_help(tmp_path, config):
     script = tmp_path / 'tiny.py'
     script.write_text('''"""A tiny script."""
-import sys
 import configurator
+import sys
 # the run
 seed = 1337  # of the draws
 name = 'x y'  # what # it is
 empty = ''  # nothing
+# beyond the options
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 later = 3  # no option
+if name == 'missing':
+    import no_such_package.part
 print(seed, name)
 ''', encoding='utf-8')
 
@@ -166,17 +183,17 @@ print(seed, name)
                               timeout=60, env={'PYTHONPATH': str(ROOT)})
 
     assert run('--seed=3', '--name=x').stdout == '3 x\n'
-    wrong = run('--sed=3')
-    assert wrong.returncode == 1 and wrong.stdout == ''
+    wrong, missing = run('--sed=3'), run('--name=missing')
+    assert (wrong.returncode, wrong.stdout, missing.returncode, missing.stdout) == (1, '', 1, '')
     assert wrong.stderr == 'tiny.py: --sed=3: unknown option sed; did you mean seed?\n'
-    shown = run('--help')
+    assert missing.stderr == ('tiny.py: needs the package no_such_package: '
+                              'pip install no_such_package\n')
+    shown = run(config('seed = 5'), '-h')
     assert shown.returncode == 0 and shown.stdout.startswith('A tiny script.\n')
     lines = [' '.join(line.split()) for line in shown.stdout.splitlines()]
-    for line in ('# the run', '--seed=1337 of the draws', '--name=x y what # it is',
-                 '--empty= nothing'):
-        assert line in lines, shown.stdout
-    assert 'later' not in shown.stdout
-    assert run('-h').stdout == shown.stdout
+    assert lines[2:] == ['# the run', '--seed=5 of the draws', '--name=x y what # it is',
+                         '--empty= nothing']
+    assert run('--help').stdout == shown.stdout.replace('=5   ', '=1337')
 
 
 def test_every_config_of_the_repository_is_taken_by_train_py():

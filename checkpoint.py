@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 
 import torch
 
@@ -11,6 +12,9 @@ from model import MASKS, GPTConfig
 if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
     # torch.load never looks at the checksums, and they take as long as the writing.
     torch.serialization.set_crc32_options(False)
+
+
+warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 warns itself
 
 
 def exists(path):

@@ -50,7 +50,7 @@ def environment():
 
 def split(sequences, batch_size):
     """(micro-steps, sequences in each) of this process's equal share of a step's `sequences`."""
-    world_size = environment()[2]
+    *_, world_size = environment()
     share, rest = divmod(sequences, world_size)
     if rest:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
@@ -59,8 +59,6 @@ def split(sequences, batch_size):
     steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
     return steps, share // steps
 
-
-# --------------------------------------------------------------------------------- ends
 
 def leave(code, message=None):
     """End now, without the clean-up at exit, which can wait for a lost process or abort."""
@@ -134,13 +132,9 @@ class StopRequest:
         return 128 + self.signum if self.signum else None
 
 
-# --------------------------------------------------------------------------------- agreement
-
 def total(numbers, stop):
-    """Sums over all ranks, and the exit code if any rank was asked to stop, else None.
-
-    numbers: {name: 1-dimensional tensor}. Of each sum the mean of its elements comes back, a
-    float. One reduction and one transfer to the host, where a GPU is waited for.
+    """{name: 1-dimensional tensor} summed over all ranks, as the mean of each sum's elements; and
+    the exit code if any rank was asked to stop. One transfer to the host: there a GPU is waited for.
     """
     parts = list(numbers.values())
     cuda = parts[0].is_cuda
@@ -187,13 +181,11 @@ def share(state, device):
     return json.loads(bytes(broadcast(text).tolist()), object_hook=rebuild)
 
 
-# --------------------------------------------------------------------------------- joining
-
 def call_the_roll(store, rank, world_size):
     """The name of a round for which all processes have just said that they are here.
 
-    With plain env:// the address of a process that died while joining stays in the store, and
-    the others dial it in vain. Here an answer counts for one second, and for one call.
+    With plain env:// the address of a process that died while joining stays in the store, and the
+    others dial it in vain. Here an answer counts for one second, and for one call.
     """
     token = uuid.uuid4().hex  # this trial of this process, not its predecessor
     while rank > 0:
@@ -221,9 +213,7 @@ def call_the_roll(store, rank, world_size):
 
 def join(backend, timeout_s, arrival_timeout_s=1800):
     """Make the default process group, whose collectives may take timeout_s; nothing if alone.
-
-    Returns when all are in it; after arrival_timeout_s the process ends, to be started again.
-    """
+    If not all arrive within arrival_timeout_s, the process ends, to be started again."""
     rank, _, world_size = environment()
     if world_size == 1:
         return

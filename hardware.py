@@ -77,9 +77,8 @@ def resolve_dtype(dtype, device):
 
 def autocast(device, dtype):
     """The context of a forward pass, to be entered any number of times."""
-    if dtype == 'float32':
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+    return (nullcontext() if dtype == 'float32' else
+            torch.autocast(torch.device(device).type, getattr(torch, dtype)))
 
 
 def grad_scaler(enabled):

@@ -75,6 +75,11 @@ def sync(f):
 
 # ---------------------------------------------------------------------------- reading
 
+def folder_of(dataset):
+    """The folder of --dataset: below data/, or the path as it is. Short, for messages."""
+    return os.path.normpath(os.path.join(os.path.relpath(HERE), dataset))
+
+
 def load_meta(folder):
     """What meta.json says; without it, as with nanoGPT's files, GPT-2's. Checked: ValueError."""
     folder = Path(folder)
@@ -116,7 +121,8 @@ class Tokens:
     file cut short under a running job is a one-line error instead of a SIGBUS.
     """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, least=1):
+        """ValueError if it is missing, not the file that meta.json describes, or too short."""
         meta = load_meta(folder)
         self.path = Path(folder) / f'{split}.bin'
         self.vocab_size = meta['vocab_size']
@@ -129,22 +135,38 @@ class Tokens:
             raise ValueError(f'{self.path} has {n_bytes:,} bytes, expected {expected or 2:,}: copy '
                              f'it again or run python {self.path.parent}/prepare.py')
         self.n_tokens = n_bytes // 2
+        if self.n_tokens < least:
+            raise ValueError(f'{self.path} holds {self.n_tokens:,} tokens, fewer than {least:,}: '
+                             'choose a smaller block_size')
 
     def __len__(self):
         return self.n_tokens
 
+    def draw(self, seed_key, n, edges, length, first=0, step=1):
+        """Yield batches of rows at random offsets, which depend on seed_key and n alone.
+
+        Offsets are drawn for all n rows, so every process draws the same ones. Batch i is rows
+        edges[i] to edges[i + 1], (rows, length); batches first, first + step, ... are read.
+        """
+        offsets = np.random.default_rng(seed_key).integers(len(self) - length + 1, size=n)
+        for i in range(first, len(edges) - 1, step):
+            yield self.cut(offsets[edges[i]:edges[i + 1]], length)
+
     def cut(self, offsets, length):
-        """The rows tokens[offset : offset + length], int64, (len(offsets), length)."""
+        """The rows tokens[offset : offset + length], int64, (len(offsets), length).
+
+        OSError if the file became shorter since it was opened, or holds an id that is no token.
+        """
         fd = self.file.fileno()
         rows = b''.join([os.pread(fd, 2 * length, 2 * int(offset)) for offset in offsets])
         if len(rows) != 2 * length * len(offsets):
-            raise ValueError(f'{self.path} ends before token {max(offsets) + length:,}: it had '
-                             f'{self.n_tokens:,} tokens when it was opened')
+            raise OSError(f'{self.path} ends before token {max(offsets) + length:,}: it had '
+                          f'{self.n_tokens:,} tokens when it was opened')
         rows = np.frombuffer(rows, '<u2').reshape(len(offsets), length)
         if rows.max() >= self.vocab_size:
             i, j = np.argwhere(rows >= self.vocab_size)[0]
-            raise ValueError(f'{self.path}: id {rows[i, j]} at token {offsets[i] + j:,}, but the '
-                             f'vocabulary ends at {self.vocab_size - 1}')
+            raise OSError(f'{self.path}: id {rows[i, j]} at token {offsets[i] + j:,}, but the '
+                          f'vocabulary ends at {self.vocab_size - 1}')
         return rows.astype(np.int64)
 
 

@@ -127,7 +127,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(dataset):
     train.tofile(folder / 'train.bin')
     data = tokens.Tokens(folder, 'train')
     data.cut([4221, 4322], 100)  # on either side of it
-    with pytest.raises(ValueError, match=r'train.bin') as error:
+    with pytest.raises(OSError, match=r'train.bin') as error:
         data.cut([0, 4300], 100)
     assert all(word in one_line(error) for word in ('id 50257', '4,321', '50256'))
 
@@ -137,11 +137,37 @@ def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(dataset)
     data = tokens.Tokens(folder, 'train')
     os.truncate(folder / 'train.bin', 8_000)
     assert (data.cut([3_900], 100) == train[3_900:4_000]).all()
-    with pytest.raises(ValueError, match=r'train.bin ends before token 4,001') as error:
+    with pytest.raises(OSError, match=r'train.bin ends before token 4,001') as error:
         data.cut([0, 3_901], 100)
     one_line(error)
     (folder / 'train.bin').unlink()
     assert (data.cut([0], 100) == train[:100]).all()  # an open file stays
+
+
+def test_what_is_drawn_follows_from_the_key_and_can_be_shared(dataset):
+    folder, train, _ = dataset
+    data = tokens.Tokens(folder, 'train', least=10_000)
+    offsets = np.random.default_rng([1, 0, 7]).integers(9_901, size=10)
+    whole = np.stack([train[o:o + 100] for o in offsets])
+    edges = [0, 3, 6, 8, 10]
+    batches = list(data.draw([1, 0, 7], 10, edges, 100))
+    assert [len(rows) for rows in batches] == [3, 3, 2, 2]
+    assert (np.concatenate(batches) == whole).all()
+    mine = list(data.draw([1, 0, 7], 10, edges, 100, first=1, step=2))
+    assert len(mine) == 2 and (mine[0] == batches[1]).all() and (mine[1] == batches[3]).all()
+    assert (np.concatenate(list(data.draw([1, 0, 8], 10, edges, 100))) != whole).any()
+    assert (next(data.draw([0], 1, [0, 1], 10_000)) == train).all()  # the one place there is
+    with pytest.raises(ValueError, match='holds 10,000 tokens, fewer than 10,001') as error:
+        tokens.Tokens(folder, 'train', least=10_001)
+    assert 'choose a smaller block_size' in one_line(error)
+
+
+def test_a_data_set_is_a_folder_below_data_or_a_path(tmp_path, monkeypatch):
+    assert tokens.folder_of(tmp_path) == str(tmp_path)
+    monkeypatch.chdir(ROOT)
+    assert tokens.folder_of('shakespeare') == 'data/shakespeare'
+    monkeypatch.chdir(ROOT / 'data')
+    assert tokens.folder_of('shakespeare') == 'shakespeare'
 
 
 def test_threads_may_cut_at_once(dataset):

@@ -281,17 +281,6 @@ def test_cached_sampling_equals_recomputation(B):
     assert len(different) > 10  # not one token for ever
 
 
-def test_stream_yields_what_generate_returns():
-    gpt = random_gpt(**TINY)
-    idx = torch.randint(61, (2, 4))
-    torch.manual_seed(1)
-    together = gpt.generate(idx, 20, top_k=20)
-    torch.manual_seed(1)
-    one_by_one = torch.cat((idx, *gpt.stream(idx, 20, top_k=20)), 1)
-    assert torch.equal(together, one_by_one) and together.shape == (2, 24)
-    assert torch.equal(gpt.generate(idx, 0), idx)
-
-
 LOGITS = [2.0, -1.0, 1.5, 0.0, 1.0, -3.0]  # by rank: ids 0 2 4 3 1 5
 SHARE = torch.tensor(LOGITS).softmax(-1).tolist()  # 0.44 0.27 0.16 0.06 0.02 0.003
 

@@ -14,14 +14,14 @@ out_dir = 'out'  # folder of a run, or of several with commas between
 out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
 tensorboard = ''  # folder for TensorBoard's event files, which are made in place of a picture
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
-
 with configurator.user_errors():
     runs = {folder: [] for folder in out_dir.split(',')}  # (step, name, number) of each
     for run, numbers in runs.items():
         for line in Path(run, 'log.jsonl').read_bytes().splitlines():
             with suppress(ValueError, TypeError, KeyError):  # half a line, or what a crash left
-                entry = json.loads(line)
-                numbers += [(entry['iter'], *item) for item in entry.items() if None not in item]
+                entry = dict(json.loads(line))
+                step = entry.pop('iter')
+                numbers += [(step, *item) for item in entry.items() if None not in item]
         if not any('loss' in name for _, name, _ in numbers):
             raise ValueError(f'{run}/log.jsonl: no loss in it yet')
     if tensorboard:

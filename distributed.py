@@ -134,7 +134,7 @@ class StopRequest:
 
 def total(numbers, stop):
     """{name: 1-dimensional tensor} summed over all ranks, as the mean of each sum's elements; and
-    the exit code if any rank was asked to stop. One transfer to the host: there a GPU is waited for.
+    the exit code if any rank was asked to stop. One transfer to the host waits for a GPU.
     """
     parts = list(numbers.values())
     cuda = parts[0].is_cuda

@@ -79,10 +79,6 @@ class Tokens:
     """
 
     def __init__(self, folder, split, least=1):
-<<<<<<< HEAD
-        """ValueError if it is missing, not the file that meta.json describes, or too short."""
-=======
->>>>>>> wt-data
         meta = load_meta(folder)
         self.path = Path(folder, f'{split}.bin')
         self.vocab_size = meta['vocab_size']
@@ -103,30 +99,15 @@ class Tokens:
         return self.n_tokens
 
     def draw(self, seed_key, n, edges, length, first=0, step=1):
-<<<<<<< HEAD
-        """Yield batches of rows at random offsets, which depend on seed_key and n alone.
-
-        Offsets are drawn for all n rows, so every process draws the same ones. Batch i is rows
-        edges[i] to edges[i + 1], (rows, length); batches first, first + step, ... are read.
-        """
-=======
         """Yield batches of n rows at random offsets, which depend on seed_key and n alone: rows
         edges[i] to edges[i + 1] for i = first, first + step, ..."""
->>>>>>> wt-data
         offsets = np.random.default_rng(seed_key).integers(len(self) - length + 1, size=n)
         for i in range(first, len(edges) - 1, step):
             yield self.cut(offsets[edges[i]:edges[i + 1]], length)
 
     def cut(self, offsets, length):
-<<<<<<< HEAD
-        """The rows tokens[offset : offset + length], int64, (len(offsets), length).
-
-        OSError if the file became shorter since it was opened, or holds an id that is no token.
-        """
-=======
         """The rows tokens[offset : offset + length], int64 (len(offsets), length). OSError if the
         file was cut short since it was opened, or holds an id that is no token."""
->>>>>>> wt-data
         fd = self.file.fileno()
         rows = b''.join([os.pread(fd, 2 * length, 2 * int(offset)) for offset in offsets])
         if len(rows) != 2 * length * len(offsets):

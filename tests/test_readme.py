@@ -1,4 +1,6 @@
 """README.md and README.zh-CN.md: the same commands in both, and each says what is true."""
+import configurator
+
 import json
 import re
 import shlex
@@ -10,7 +12,6 @@ import yaml
 from conftest import ROOT, log_of, options_in, start, succeed
 from test_contributing import copy_of_repo
 
-import configurator
 from hardware import PEAK_FLOPS
 from model import GPT, GPTConfig
 

@@ -26,8 +26,6 @@ def exists(path):
     return True
 
 
-# ------------------------------------------------------------------------------------- saving
-
 def save_checkpoint(path, state, best_path=None):
     """Write `state` (tensors and plain types only) so that neither file is ever half written.
 
@@ -67,8 +65,6 @@ def save_checkpoint(path, state, best_path=None):
         sweep()  # it would keep a full disk full
         raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
 
-
-# ------------------------------------------------------------------------------------ loading
 
 class PlainUnpickler(pickle.Unpickler):
     """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
@@ -112,16 +108,11 @@ def load_checkpoint(path):
     return ckpt
 
 
-# ------------------------------------------------------------------------- does it fit the run
-
 def check_fits(ckpt, shape, meta, optimizer):
     """ValueError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
-    try:
-        saved = GPTConfig(**ckpt['model_args'])
-    except TypeError as error:
-        raise ValueError(f'model.py does not know the shape of the checkpoint: {error}') from None
-    for name, value in vars(shape).items():
-        old = getattr(saved, name)
+    saved = {**vars(GPTConfig()), **ckpt['model_args']}  # nanoGPT's first ones lack the bias
+    for name, old in saved.items():
+        value = getattr(shape, name, 'unknown')
         if value != old and name not in ('dropout', 'vocab_size'):
             raise ValueError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}'
                              f': type --{name}={old}, or --out_dir=... for a new run')

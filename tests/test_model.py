@@ -46,6 +46,7 @@ def transposed(name):
     return any(layer in name for layer in ('c_attn.w', 'c_proj.w', 'c_fc.w'))
 
 
+<<<<<<< HEAD
 def transformers_twin(gpt):
     """transformers' GPT-2 with the same weights, and with zeros for biases that gpt lacks."""
     transformers = pytest.importorskip('transformers')
@@ -65,11 +66,15 @@ def transformers_twin(gpt):
     return twin
 
 
+=======
+>>>>>>> wt-model
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('shape', [TINY, GPT2], ids=['tiny', 'gpt2'])
-def test_logits_loss_and_every_gradient_equal_transformers(shape, bias):
+def test_logits_loss_and_every_gradient_equal_transformers(shape, bias, tmp_path):
+    transformers = pytest.importorskip('transformers')
     gpt = random_gpt(std=0.1 if shape is TINY else 0.03, bias=bias, **shape)
-    twin = transformers_twin(gpt)
+    gpt.save_pretrained(tmp_path)
+    twin = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     T, V = min(gpt.config.block_size, 32), gpt.config.vocab_size
     idx, targets = torch.randint(V, (2, T)), torch.randint(V, (2, T))
 

@@ -89,7 +89,7 @@ with user_errors():
     amp_dtype = hardware.resolve_dtype(dtype, torch_device)
     decay_end = lr_decay_iters or max_iters
     if warmup_iters > decay_end > 0:
-        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most the {decay_end} steps')
+        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most {decay_end}, all steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp, is_main = world_size > 1, rank == 0

@@ -6,7 +6,7 @@ PY = $(VENV)/bin/python
 CHAR = data/shakespeare_char
 OUT = out-shakespeare-char
 
-.PHONY: train test test-long test-torch1 bench clean
+.PHONY: train test test-long test-old test-cuda bench clean
 
 train: $(CHAR)/meta.json
 	$(PY) train.py config/train_shakespeare_char.py
@@ -20,19 +20,26 @@ test: $(VENV)/dev
 test-long: $(VENV)/dev
 	$(PY) -m pytest -m long --durations=20
 
-# The oldest torch that job_torch1.yaml's image has; it wants Python 3.10 or 3.11, and numpy 1.
-OLD = .venv-torch1
+test-cuda: $(VENV)/dev
+	$(PY) -m pytest tests/test_cuda.py
+
+# torch 1.13.1 is job_torch1.yaml's, 2.1.2 that of T9k's Notebook image, both with numpy 1.
+OLD = 1.13.1 2.1.2
 OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
-OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py metrics.py hardware.py)
+OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py \
+	metrics.py hardware.py tokens.py plot.py notebook.py)
 
-test-torch1: $(OLD)/run
-	$(OLD)/bin/python -m pytest -m "not long" $(OLD_TESTS)
+test-old: $(addprefix test-torch-,$(OLD))
 
-$(OLD)/run: Makefile
-	@test -n "$(OLD_PYTHON)" || { echo 'make test-torch1: needs python3.10 or python3.11: install one, or type OLD_PYTHON=...'; exit 1; }
-	$(OLD_PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip install -q --disable-pip-version-check \
-		torch==1.13.1 'numpy<2' tqdm safetensors tiktoken pytest hypothesis
+test-torch-%: .venv-torch-%/run
+	.venv-torch-$*/bin/python -m pytest -m "not long" $(OLD_TESTS)
+
+.PRECIOUS: .venv-torch-%/run
+.venv-torch-%/run: Makefile
+	@test -n "$(OLD_PYTHON)" || { echo 'make test-old: needs python3.10 or python3.11: install one, or type OLD_PYTHON=...'; exit 1; }
+	$(OLD_PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install -q --disable-pip-version-check \
+		torch==$* 'numpy<2' tqdm safetensors tiktoken pyarrow matplotlib pytest hypothesis
 	@touch $@
 
 bench: $(VENV)/run
@@ -52,4 +59,4 @@ $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD)
+	rm -rf $(VENV) $(addprefix .venv-torch-,$(OLD))

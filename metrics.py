@@ -35,19 +35,19 @@ def open_bar(iter_num, max_iters):
 
 
 class Log:
-    """The numbers of a run in `out_dir`, cut back to step `iter_num`, from which it resumes.
+    """The numbers of a run, cut back to step `iter_num`, from which it resumes: none is told twice.
 
-    So no step is told twice. evaluated: whether that step's evaluation was told. Only the main
-    process speaks, and it writes files if `writing`. peak_tok_per_sec: at an MFU of 1, 0 if unknown.
+    val_loss: None if that step's evaluation was not told yet. Only the main process speaks; with
+    eval_only it writes no files. peak_tok_per_sec: at an MFU of 1, 0 if unknown.
     """
 
-    def __init__(self, out_dir, is_main, writing, iter_num, evaluated, config, tokens_per_step,
-                 peak_tok_per_sec):
-        self.is_main, self.config, self.seconds = is_main, config, []
+    def __init__(self, config, is_main, iter_num, val_loss, tokens_per_step, peak_tok_per_sec):
+        self.config, self.is_main, self.seconds = config, is_main, []
         self.tokens_per_step, self.peak_tok_per_sec = tokens_per_step, peak_tok_per_sec
         self.file = self.board = self.bar = None
-        if not (is_main and writing):
+        if not is_main or config['eval_only']:
             return
+        out_dir = config['out_dir']
         path, kept = os.path.join(out_dir, 'log.jsonl'), []
         if os.path.isfile(path):
             with open(path, encoding='utf-8', errors='replace') as f:
@@ -55,8 +55,8 @@ class Log:
                     # A kill can leave half a line, a crash of the node any bytes.
                     with suppress(ValueError, TypeError, KeyError):
                         entry = json.loads(line)
-                        if entry['iter'] < iter_num or (
-                                entry['iter'] == iter_num and ('loss' in entry or evaluated)):
+                        # A step's own line comes before that of its evaluation.
+                        if (entry['iter'], 'loss' not in entry) <= (iter_num, val_loss is not None):
                             kept.append(entry)
         with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(entry) + '\n' for entry in kept)

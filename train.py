@@ -125,19 +125,17 @@ with user_errors():
     vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
     shape = GPTConfig(vocab_size=vocab_size, **shape)
-    if not is_main:  # rank 0 decides for all: a shared disk can look different from two nodes
-        state = {}
-    elif init_from == 'resume' or init_from == 'auto' and checkpoint.exists(ckpt_path):
+    if is_main and (init_from == 'resume' or init_from == 'auto' and checkpoint.exists(ckpt_path)):
         state = checkpoint.load_checkpoint(ckpt_path)
         checkpoint.check_fits(state, shape, meta, optimizer)
-    elif not eval_only and checkpoint.exists(ckpt_path):
+    elif is_main and not eval_only and checkpoint.exists(ckpt_path):
         raise ValueError(f'{ckpt_path} exists and would be overwritten; choose another --out_dir, '
                          f'or resume with "{configurator.command(init_from="resume")}"')
-    elif init_from in ('scratch', 'auto'):
-        state = {}
-    else:
+    elif is_main and init_from not in ('scratch', 'auto'):
         state = {**huggingface.load(init_from, block_size), 'meta': tokens.GPT2_META}
         checkpoint.check_vocabulary(state, meta)
+    else:  # rank 0 decides for all: a shared disk can look different from two nodes
+        state = {}
     if is_main and not eval_only:
         os.makedirs(out_dir, exist_ok=True)
 weights = state.pop('model', None)  # rank 0's: DDP gives them to the others
@@ -151,19 +149,17 @@ with distributed.lost_peers():
     distributed.join('nccl' if torch_device.type == 'cuda' else 'gloo', dist_timeout)
     state = distributed.share(state, torch_device)
     shape = GPTConfig(**{**state.get('model_args', vars(shape)), 'dropout': dropout})
-    raw_model = GPT(shape)
+    raw_model = GPT(shape).to(torch_device)
     if weights:
         with user_errors():
-            raw_model.load_weights(origin, weights)  # mapped from a file, copied here
-    raw_model.to(torch_device)
+            raw_model.load_weights(origin, weights)  # copied out of the mapped file
     compiled = torch_device.type == 'cuda' if compile == 'auto' else compile
     # Batches of training and evaluation may differ in rows. That is two compilations: DDP cuts the
     # model into parts, which cannot be compiled for any number of rows.
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if ddp and grad_compress:
-        # Under its own name DDP refuses this hook on gloo, where it works.
+    if ddp and grad_compress:  # under its own name DDP refuses the hook on gloo, where it works
         model.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 autocast = hardware.autocast(torch_device, amp_dtype)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
@@ -196,14 +192,13 @@ def get_lr(iter_num):
 # ------------------------------------------------------------------------------------ loop
 tokens_per_step = sequences * block_size
 with user_errors():
-    log = Log(out_dir, is_main, not eval_only, iter_num, val_loss is not None, config,
-              tokens_per_step, peak_tok_per_sec=world_size * hardware.peak_flops(torch_device)
-              / raw_model.train_flops_per_token())
+    log = Log(config, is_main, iter_num, val_loss, tokens_per_step,
+              world_size * hardware.peak_flops(torch_device) / raw_model.train_flops_per_token())
 log.say(f'{raw_model.num_params():,} parameters from {origin}, {amp_dtype}'
         f'{", compiled" if compiled else ""}, on {world_size} x {hardware.describe(torch_device)}')
 log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} per '
-        f'process), steps {iter_num:,} to {max_iters:,}: {data_dir} has {len(data["train"]):,} '
-        f'tokens, so that is {max_iters * tokens_per_step / len(data["train"]):.3g} epochs')
+        f'process); steps {iter_num:,} to {max_iters:,}: '
+        f'{max_iters * tokens_per_step / len(data["train"]):.3g} epochs of {data_dir}')
 
 
 @torch.no_grad()
@@ -222,8 +217,8 @@ def evaluate():
             with autocast:
                 places[rank + i * world_size] = model(X, Y)[1]
     model.train()
-    losses, exit_code = distributed.total(losses, stop)
-    return {**losses, 'eval_s': time.perf_counter() - began}, exit_code
+    numbers, exit_code = distributed.total(losses, stop)
+    return {**numbers, 'eval_s': time.perf_counter() - began}, exit_code
 
 
 def save(best=False):
@@ -247,15 +242,15 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
             model(idx, idx)[1].backward()
         raw_model.zero_grad(set_to_none=True)
     batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
-    stop.armed = True  # from here on a signal waits for the end of the step
+    stop.armed = True  # from now on a signal waits for the end of the step
     while True:
         # eval
-        last, evaluated, best = iter_num >= max_iters, False, False
+        last, new, best = iter_num >= max_iters, False, False
         if eval_only or not exit_code and val_loss is None and (
                 last or iter_num % eval_interval == 0):
             numbers, exit_code = evaluate()
-            evaluated = not exit_code
-        if evaluated:
+            new = not exit_code  # a stop cut it short
+        if new:
             val_loss = numbers['val_loss']
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f'step {iter_num}: {numbers}; {ckpt_path} was left alone')
@@ -264,7 +259,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
 
         # checkpoint
         due = checkpoint_interval and iter_num % checkpoint_interval == 0 and val_loss is None
-        if is_main and not eval_only and (evaluated or exit_code or due):
+        if is_main and not eval_only and (new or exit_code or due):
             save(best)
         if eval_only or exit_code or last:
             break

@@ -54,6 +54,8 @@ def test_both_languages_have_the_same_code_numbers_names_and_structure(page):
     rows = [[re.findall(r'\d[\d,.]*\d', row) for row in text.splitlines() if row.startswith('| ')]
             for text in (english, chinese)]
     assert rows[0] == rows[1]
+    decimals = [set(re.findall(r'\d+\.\d+', text)) for text in (english, chinese)]
+    assert decimals[0] == decimals[1]
 
 
 def test_the_first_page_stays_short_and_leads_to_all_others():

@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 
 import torch
 
@@ -13,6 +14,9 @@ if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
     torch.serialization.set_crc32_options(False)
 
 
+warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 warns itself
+
+
 def exists(path):
     """Whether there is such a file. OSError if the disk does not answer: it may not be empty."""
     try:
@@ -21,8 +25,6 @@ def exists(path):
         return False
     return True
 
-
-# ------------------------------------------------------------------------------------- saving
 
 def save_checkpoint(path, state, best_path=None):
     """Write `state` (tensors and plain types only) so that neither file is ever half written.
@@ -64,8 +66,6 @@ def save_checkpoint(path, state, best_path=None):
         raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
 
 
-# ------------------------------------------------------------------------------------ loading
-
 class PlainUnpickler(pickle.Unpickler):
     """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
 
@@ -88,7 +88,8 @@ def load_checkpoint(path):
     """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
     path = str(path)
     if not exists(path):
-        raise ValueError(f'no {path}: expected a checkpoint that train.py wrote')
+        raise ValueError(f'no {path}: expected a checkpoint of train.py, which starts anew with '
+                         '--init_from=auto')
     try:
         ckpt = load_plain(path)
     except Exception as error:  # a damaged file can raise anything from torch.load
@@ -107,16 +108,11 @@ def load_checkpoint(path):
     return ckpt
 
 
-# ------------------------------------------------------------------------- does it fit the run
-
 def check_fits(ckpt, shape, meta, optimizer):
     """ValueError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
-    try:
-        saved = GPTConfig(**ckpt['model_args'])
-    except TypeError as error:
-        raise ValueError(f'model.py does not know the shape of the checkpoint: {error}') from None
-    for name, value in vars(shape).items():
-        old = getattr(saved, name)
+    saved = {**vars(GPTConfig()), **ckpt['model_args']}  # nanoGPT's first ones lack the bias
+    for name, old in saved.items():
+        value = getattr(shape, name, 'unknown')
         if value != old and name not in ('dropout', 'vocab_size'):
             raise ValueError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}'
                              f': type --{name}={old}, or --out_dir=... for a new run')

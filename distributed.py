@@ -32,25 +32,25 @@ UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all p
 
 def environment():
     """(rank, local_rank, world_size), (0, 0, 1) when nobody set them. ValueError for nonsense."""
-    values = []
-    for name, default in ('RANK', '0'), ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1'):
-        text = os.environ.get(name, default)
-        if not text.isdecimal():
-            raise ValueError(f'{name}={text}: expected an integer, e.g. {name}={default}')
-        values.append(int(text))
-    if values[0] >= values[2]:
-        raise ValueError(f'RANK={values[0]}: expected less than WORLD_SIZE={values[2]}')
-    port = os.environ.get('MASTER_PORT', '')
-    if values[2] > 1 and not ('MASTER_ADDR' in os.environ and port.isdecimal()
-                              and 0 < int(port) < 2**16):
-        raise ValueError(f'WORLD_SIZE={values[2]}: expected MASTER_ADDR and MASTER_PORT beside it, '
-                         'e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
-    return tuple(values)
+    env = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_PORT': '', **os.environ}
+    names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
+    for name in names:
+        if not env[name].isdecimal():
+            raise ValueError(f'{name}={env[name]}: expected an integer, e.g. {name}=1')
+    rank, local_rank, world_size = (int(env[name]) for name in names)
+    if rank >= world_size:
+        raise ValueError(f'RANK={rank}: expected less than WORLD_SIZE={world_size}')
+    port = env['MASTER_PORT']
+    if world_size > 1 and not (
+            'MASTER_ADDR' in env and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f'WORLD_SIZE={world_size}: expected MASTER_ADDR and MASTER_PORT beside '
+                         'it, e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
+    return rank, local_rank, world_size
 
 
 def split(sequences, batch_size):
     """(micro-steps, sequences in each) of this process's equal share of a step's `sequences`."""
-    world_size = environment()[2]
+    *_, world_size = environment()
     share, rest = divmod(sequences, world_size)
     if rest:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
@@ -59,8 +59,6 @@ def split(sequences, batch_size):
     steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
     return steps, share // steps
 
-
-# --------------------------------------------------------------------------------- ends
 
 def leave(code, message=None):
     """End now, without the clean-up at exit, which can wait for a lost process or abort."""
@@ -117,35 +115,25 @@ class StopRequest:
     """What SIGTERM and Ctrl-C ask for. Until it is armed they end the process at once."""
 
     def __init__(self):
-        self.armed, self.signum, self.noted = False, None, 0
+        self.armed, self.exit_code, self.noted = False, None, 0  # exit_code: 143, 130 or None
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.note)
 
     def note(self, signum, frame):
-        again = self.signum and signum == signal.SIGINT and time.monotonic() - self.noted > 1
+        again = self.exit_code and signum == signal.SIGINT and time.monotonic() - self.noted > 1
         if not self.armed or again:  # torchrun passes a terminal's Ctrl-C on: that is not a second
             leave(128 + signum)
-        if self.signum != signal.SIGTERM:  # it wins
-            self.signum, self.noted = signum, time.monotonic()
+        if self.exit_code != 143:  # SIGTERM wins
+            self.exit_code, self.noted = 128 + signum, time.monotonic()
 
-    @property
-    def exit_code(self):
-        """143, 130, or None when nothing was asked for."""
-        return 128 + self.signum if self.signum else None
-
-
-# --------------------------------------------------------------------------------- agreement
 
 def total(numbers, stop):
-    """Sums over all ranks, and the exit code if any rank was asked to stop, else None.
-
-    numbers: {name: 1-dimensional tensor}. Of each sum the mean of its elements comes back, a
-    float. One reduction and one transfer to the host, where a GPU is waited for.
-    """
+    """{name: 1-dimensional tensor} summed over all ranks, as the mean of each sum's elements; and
+    the exit code if any rank was asked to stop. One transfer to the host waits for a GPU."""
     parts = list(numbers.values())
     cuda = parts[0].is_cuda
-    asked = torch.tensor([float(stop.signum == s) for s in (signal.SIGTERM, signal.SIGINT)],
-                         pin_memory=cuda)  # a pageable copy would make the host wait here, too
+    # A pageable copy would make the host wait here, too.
+    asked = torch.tensor([float(stop.exit_code == c) for c in (143, 130)], pin_memory=cuda)
     report = torch.cat([*parts, asked.to(parts[0].device, non_blocking=cuda)])
     if dist.is_initialized():
         dist.all_reduce(report)
@@ -156,10 +144,8 @@ def total(numbers, stop):
 
 def share(state, device):
     """A copy on the device of rank 0's `state`: dicts, lists and plain values, and tensors in them.
-
     An outline travels as JSON, then each tensor by itself: no rank ever holds two copies, and rank
-    0's tensors may be mapped from a file. Tensors without dimensions stay on the host.
-    """
+    0's tensors may be mapped from a file. Tensors without dimensions stay on the host."""
     alone, leads, tensors = not dist.is_initialized(), environment()[0] == 0, []
     if not alone and dist.get_backend() == 'gloo':
         device = 'cpu'
@@ -187,13 +173,11 @@ def share(state, device):
     return json.loads(bytes(broadcast(text).tolist()), object_hook=rebuild)
 
 
-# --------------------------------------------------------------------------------- joining
-
 def call_the_roll(store, rank, world_size):
     """The name of a round for which all processes have just said that they are here.
 
-    With plain env:// the address of a process that died while joining stays in the store, and
-    the others dial it in vain. Here an answer counts for one second, and for one call.
+    With plain env:// the address of a process that died while joining stays in the store, and the
+    others dial it in vain. Here an answer counts for one second, and for one call.
     """
     token = uuid.uuid4().hex  # this trial of this process, not its predecessor
     while rank > 0:
@@ -221,9 +205,7 @@ def call_the_roll(store, rank, world_size):
 
 def join(backend, timeout_s, arrival_timeout_s=1800):
     """Make the default process group, whose collectives may take timeout_s; nothing if alone.
-
-    Returns when all are in it; after arrival_timeout_s the process ends, to be started again.
-    """
+    If not all arrive within arrival_timeout_s, the process ends, to be started again."""
     rank, _, world_size = environment()
     if world_size == 1:
         return

@@ -14,20 +14,18 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device):
-    """Dense bfloat16 FLOP/s of a CUDA device, 0 for a device that the table lacks."""
-    if torch.device(device).type != 'cuda':
-        return 0
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0)
-
-
 def describe(device):
     """The device's name and memory, for people."""
     if torch.device(device).type != 'cuda':
         return str(device)
     gpu = torch.cuda.get_device_properties(device)
     return f'{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)'
+
+
+def peak_flops(device):
+    """Dense bfloat16 FLOP/s of a CUDA device, 0 for a device that the table lacks."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0)
 
 
 def peak_memory(device):
@@ -77,9 +75,8 @@ def resolve_dtype(dtype, device):
 
 def autocast(device, dtype):
     """The context of a forward pass, to be entered any number of times."""
-    if dtype == 'float32':
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+    return (nullcontext() if dtype == 'float32' else
+            torch.autocast(torch.device(device).type, getattr(torch, dtype)))
 
 
 def grad_scaler(enabled):

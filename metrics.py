@@ -82,8 +82,8 @@ class Log:
 
     def tell(self, iter_num, numbers):
         """Write {name: number or None} of a step or an evaluation, and show it to people."""
-        finite = {name: value if value is not None and math.isfinite(value) else None
-                  for name, value in numbers.items()}
+        entry = {'iter': iter_num, **{name: value if math.isfinite(value or 0) else None
+                                      for name, value in numbers.items()}}
         shown = [SHOWN.get(name, name.replace('_', ' ') + ' {:.4f}').format(value)
                  for name, value in numbers.items() if value is not None]
         if self.bar is None or 'loss' not in numbers:
@@ -93,7 +93,6 @@ class Log:
             self.bar.set_description_str(' | '.join(
                 text for text in shown if text.startswith('loss') or text.endswith('tok/s')))
         if self.file:
-            entry = {'iter': iter_num, **finite}
             self.file.write(json.dumps(entry) + '\n')
             self.plot(entry)
 

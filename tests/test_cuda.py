@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, evaluations_of, log_of, run, start, steps_of, succeed
 
 from checkpoint import load_checkpoint
-from data import tokens
+from data import corpus, tokens
 from model import GPT, GPTConfig
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
@@ -149,7 +149,7 @@ def test_a_run_on_a_gpu_resumes(optimizer, data_set, tmp_path):
 def test_the_memory_of_gpt2_follows_the_formula(compiled, tmp_path):
     """18 bytes a parameter; a sequence takes 36 L d bytes a token, and 4 for each logit."""
     ids = np.random.default_rng(0).integers(0, 50257, 10**5, dtype=np.uint16)
-    tokens.write_dataset(tmp_path, tokens.GPT2_META, {'train': [ids], 'val': [ids]})
+    corpus.write_dataset(tmp_path, tokens.GPT2_META, {'train': [ids], 'val': [ids]})
     done = run('train.py', f'--dataset={tmp_path}', f'--out_dir={tmp_path}/out', '--max_iters=3',
                '--warmup_iters=0', '--gradient_accumulation_steps=2', '--eval_iters=2',
                '--dtype=bfloat16', f'--compile={compiled}', limit_s=500)

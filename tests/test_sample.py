@@ -1,13 +1,19 @@
-"""sample.py as its users start it, on checkpoints that lie in a folder without their data."""
+"""sample.py on checkpoints that lie in a folder without their data."""
+import contextlib
+import io
 import os
 import re
+import runpy
 import shutil
+import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, TINY, check_help, options_in, run, start, succeed
+from conftest import CHARS, ROOT, TINY, check_help, options_in, start, succeed
 
 from checkpoint import load_checkpoint, save_checkpoint
 from data import tokens
@@ -16,17 +22,31 @@ from model import GPT, GPTConfig
 SENTENCE = 'Ein naïver Käse 🙂, 日本語だ。\n'  # several bytes a character, some over several tokens
 
 
-def sample(out_dir, *options, **popen):
-    """The process of sample.py, on its way; it needs neither the repository's folder nor data."""
-    return start('sample.py', '--device=cpu', '--dtype=float32', f'--out_dir={out_dir}', *options,
-                 cwd=out_dir, **popen)
+def run_here(script, *options):
+    """conftest's `run`, in this process: without the seconds that a new one takes to start."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.MonkeyPatch.context() as patch):
+        patch.setattr(sys, 'argv', [script, *map(str, options)])
+        patch.setattr(signal, 'signal', lambda *args: None)  # pytest keeps its own
+        try:
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            err.write('' if isinstance(end.code, int) else f'{end.code}\n')
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
-def texts_of(script):
+def sample(out_dir, *options):
+    return run_here('sample.py', '--device=cpu', '--dtype=float32', f'--out_dir={out_dir}',
+                    *options)
+
+
+def texts_of(done):
     """The texts of a sample.py that ended well."""
-    succeed([script])
-    assert re.search(r'\d+ tokens, [\d.]+ tokens/s', script.err.splitlines()[-1]), script.err
-    *texts, rest = script.out.split('\n---------------\n')
+    assert done.code == 0, done.err
+    assert re.search(r'\d+ tokens, [\d.]+ tokens/s', done.err.splitlines()[-1]), done.err
+    *texts, rest = done.out.split('\n---------------\n')
     assert rest == ''
     return texts
 
@@ -39,39 +59,26 @@ def alone(trained, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module')
-def gpt2_model(tmp_path_factory):
-    """The out_dir of a run on GPT-2's tokens, in nanoGPT's .bin files, that knows SENTENCE."""
-    data_set, out_dir = tmp_path_factory.mktemp('gpt2-data'), tmp_path_factory.mktemp('gpt2-out')
-    ids = tokens.GPT2Encoding().encode(SENTENCE)
-    for split in ('train', 'val'):
-        np.array(ids * 10, '<u2').tofile(data_set / f'{split}.bin')
-    succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={out_dir}',
-                   '--max_iters=60', '--eval_interval=60', '--lr_decay_iters=60',
-                   '--learning_rate=1e-2', '--batch_size=2')])
-    return out_dir
-
-
-def test_greedy_text_is_that_of_generate_whatever_the_seed(alone, tmp_path):
+def test_greedy_text_is_that_of_generate_whatever_the_seed(alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(alone)  # it needs neither the repository's folder nor data
     (tmp_path / 'prompt.txt').write_text('é日🙂', encoding='utf-8')
-    scripts = [
-        sample(alone, '--temperature=0', '--max_new_tokens=50', '--start=é日🙂', '--seed=1'),
-        sample(alone, '--temperature=0', '--max_new_tokens=50', '--start=é日🙂', '--seed=2'),
-        # Two more ways to say it: only the likeliest token is left to draw.
-        sample(alone, '--temperature=2', '--top_k=1', '--max_new_tokens=50', '--start=é日🙂'),
-        sample(alone, '--temperature=2', '--top_p=1e-9', '--top_k=0', '--max_new_tokens=50',
-               f'--start=FILE:{tmp_path}/prompt.txt', '--num_samples=2')]
     model = GPT.from_checkpoint(load_checkpoint(alone / 'ckpt.pt')).eval()
     prompt = torch.tensor([[CHARS.index(char) for char in 'é日🙂']])
-    [ids] = model.generate(prompt, 50, temperature=0).tolist()
-    expected = ''.join(CHARS[i] for i in ids)
-    assert [texts_of(script) for script in scripts] == [[expected]] * 3 + [[expected] * 2]
-    assert [os.listdir(alone)] == [['ckpt.pt']]
+    expected = ''.join(CHARS[i] for i in model.generate(prompt, 50, temperature=0)[0].tolist())
+    for n, options in (
+            (1, ('--temperature=0', '--seed=1')), (1, ('--temperature=0', '--seed=2')),
+            # Two more ways to say it: only the likeliest token is left to draw.
+            (1, ('--temperature=2', '--top_k=1')),
+            (2, ('--temperature=2', '--top_p=1e-9', '--top_k=0', '--num_samples=2',
+                 f'--start=FILE:{tmp_path}/prompt.txt'))):
+        done = sample(alone, '--max_new_tokens=50', '--start=é日🙂', *options)
+        assert texts_of(done) == [expected] * n
+    assert os.listdir(alone) == ['ckpt.pt']
 
 
 def test_a_seed_says_which_text_and_each_sample_is_another(alone):
     first, again, other, tail = (
-        sample(alone, *options, '--max_new_tokens=60', '--temperature=1', '--start=a')
+        sample(alone, '--max_new_tokens=60', '--temperature=1', '--start=a', *options)
         for options in (['--seed=1', '--num_samples=3'], ['--seed=1', '--num_samples=3'],
                         ['--seed=2'], ['--seed=1', '--top_k=2']))
     texts = texts_of(first)
@@ -82,14 +89,20 @@ def test_a_seed_says_which_text_and_each_sample_is_another(alone):
     assert 'sample.py' not in first.err and ' 180 tokens,' in f' {first.err}'
 
 
-def test_text_arrives_while_it_is_made_in_whole_characters(gpt2_model):
+def test_text_arrives_while_it_is_made_in_whole_characters(tmp_path):
     """Each piece that arrives is valid UTF-8, though a character's bytes lie in several tokens."""
     ids = tokens.GPT2Encoding().encode(SENTENCE)
     assert any('\ufffd' in tokens.GPT2Encoding().decode([i]) for i in ids)  # the test could fail
+    for split in ('train', 'val'):
+        np.array(ids * 10, '<u2').tofile(tmp_path / f'{split}.bin')
+    succeed([start('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={tmp_path}',
+                   '--max_iters=60', '--eval_interval=60', '--lr_decay_iters=60',
+                   '--learning_rate=1e-2', '--batch_size=2')])
     n = 12 * len(ids)
     read_end, write_end = os.pipe()
-    script = sample(gpt2_model, '--temperature=0', f'--max_new_tokens={n}',
-                    f'--start={SENTENCE}', stdout=write_end)
+    script = start('sample.py', '--device=cpu', '--dtype=float32', f'--out_dir={tmp_path}',
+                   '--temperature=0', f'--max_new_tokens={n}', f'--start={SENTENCE}',
+                   stdout=write_end)
     os.close(write_end)
     pieces, times = [], []
     while piece := os.read(read_end, 2**16):
@@ -113,7 +126,6 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(source, tmp_path):
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.wte.weight[50257:] += 5.0
-    assert model.generate(torch.tensor([[0]]), 8).min() == 0  # the prompt
     assert model.generate(torch.tensor([[0]]), 8)[0, 1:].min() >= 50257
     options = ['--max_new_tokens=40', '--temperature=1', '--top_k=0', '--start=Hello']
     if source == 'a checkpoint':
@@ -129,35 +141,31 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(source, tmp_path):
     assert len(ids) > 20 and max(ids) < 50257 and '\ufffd\ufffd\ufffd' not in text
 
 
-MISTAKES = {  # what: (options, what the line says)
-    'no checkpoint': ('--out_dir=/nowhere', r'/nowhere/ckpt\.pt: no such file'),
-    'an unknown option': ('--topk=3', r'unknown option topk; .*top_k'),
-    'a character that it never saw': ('--start=ß', "'ß' is not among the 31 characters"),
-    'a missing prompt file': ('--start=FILE:/nowhere.txt', r'/nowhere\.txt'),
-    'an empty prompt': ('--start=', "--start='': expected at least one character"),
-    'no probability': ('--top_p=0', r'--top_p=0\.0: expected more than 0, at most 1'),
-    'more than all': ('--top_p=2', r'--top_p=2\.0: expected more than 0, at most 1'),
-    'a seed beyond 63 bits': ('--seed=9223372036854775808', '--seed=9223372036854775808: expected'),
-    'all but frozen': ('--temperature=1e-40', r'--temperature=1e-40'),
-    'less than frozen': ('--temperature=-1', r'--temperature=-1\.0'),
-    'a start from nowhere': ('--init_from=nowhere', 'nowhere: expected gpt2'),
-    'an unknown dtype': ('--dtype=half', '--dtype=half: expected'),
-    "a folder whose tokens are not GPT-2's": ('--init_from={folder}', 'GPT-2'),
-}
-
-
-def test_a_mistake_gets_one_line(alone, tmp_path):
-    GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=1, n_embd=8)).save_pretrained(
-        tmp_path)
-    scripts = {}
-    for what, (options, _) in MISTAKES.items():
-        scripts[what] = sample(alone, *options.format(folder=tmp_path).split())
-        if len(scripts) % 3 == 0:
-            scripts[what].wait()
-    for what, script in scripts.items():
-        assert script.wait().code == 1, what
-        assert script.out == '' and re.fullmatch(r'sample\.py: [^\n]+\n', script.err), script.err
-        assert re.search(MISTAKES[what][1], script.err), script.err
+@pytest.mark.parametrize(('options', 'said'), [
+    ('--out_dir=/nowhere', r'/nowhere/ckpt\.pt: no such file'),
+    ('--topk=3', r'unknown option topk; .*top_k'),
+    ('--start=ß', "'ß' is not among the 31 characters"),
+    ('--start=FILE:/nowhere.txt', r'/nowhere\.txt'),
+    ('--start=', '--start=: expected at least one character'),
+    ('--num_samples=0', '--num_samples=0: expected 1 or more'),
+    ('--max_new_tokens=-1', '--max_new_tokens=-1: expected 0 or more'),
+    ('--top_k=-1', '--top_k=-1: expected 0 or more'),
+    ('--top_p=0', r'--top_p=0\.0: expected more than 0, at most 1'),
+    ('--top_p=2', r'--top_p=2\.0: expected more than 0, at most 1'),
+    ('--seed=9223372036854775808', '--seed=9223372036854775808: expected'),
+    ('--temperature=1e-40', r'--temperature=1e-40: expected 0, or 0\.0001 or more'),
+    ('--temperature=-1', r'--temperature=-1\.0'),
+    ('--init_from=nowhere', 'nowhere: expected gpt2'),
+    ('--dtype=half', '--dtype=half: expected auto or float32'),
+    ('--init_from={folder}', 'the model has 31 tokens, GPT-2 text needs 50257'),
+])
+def test_a_mistake_gets_one_line(options, said, alone, tmp_path):
+    if 'folder' in options:
+        model = GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=1, n_embd=8))
+        model.save_pretrained(tmp_path)
+    done = sample(alone, options.format(folder=tmp_path))
+    assert done.code == 1 and done.out == ''
+    assert re.fullmatch(r'sample\.py: [^\n]+\n', done.err) and re.search(said, done.err), done.err
 
 
 def test_help_lists_every_option_with_its_default_and_comment():
@@ -165,7 +173,6 @@ def test_help_lists_every_option_with_its_default_and_comment():
     check_help('sample.py')
 
 
-def test_best_pt_can_be_chosen(trained, alone):
-    done = run('sample.py', '--device=cpu', f'--out_dir={trained}', '--checkpoint=best.pt',
-               '--max_new_tokens=5')
+def test_best_pt_can_be_chosen(trained):
+    done = sample(trained, '--checkpoint=best.pt', '--max_new_tokens=5')
     assert done.code == 0 and '5 tokens, ' in done.err, done.err

@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
+
 from data import corpus, tokens
 
 HERE = Path(__file__).resolve().parent
 
 configurator.override({}, sys.argv[1:], __file__)  # no options but --help
-with corpus.preparing(HERE):
+with configurator.user_errors():
     text, source = corpus.one_text(HERE)
     encode = tokens.gpt2_encoding().encode_ordinary
     corpus.write_text(HERE, tokens.GPT2_META | {'source': source}, text, encode)

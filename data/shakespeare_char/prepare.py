@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
+
 from data import corpus, tokens
 
 HERE = Path(__file__).resolve().parent
 
 configurator.override({}, sys.argv[1:], __file__)  # no options but --help
-with corpus.preparing(HERE):
+with configurator.user_errors():
     text, source = corpus.one_text(HERE)
     chars = ''.join(sorted(set(text)))
     meta = {'tokenizer': 'char', 'chars': chars, 'vocab_size': len(chars), 'source': source}

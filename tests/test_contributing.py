@@ -33,7 +33,7 @@ def test_the_data_set_and_the_config_of_the_page_work(tmp_path):
         (repo / path).write_text(code, encoding='utf-8')
     commands = re.search(r'```bash\n(.*?)```', TEXT, re.DOTALL)[1].splitlines()
     small = {'prepare.py': (), 'train.py': ('--max_iters=20', '--eval_interval=20', '--device=cpu',
-                                            '--eval_iters=2'),
+                                            '--eval_iters=2', '--warmup_iters=5'),
              'sample.py': ('--max_new_tokens=20', '--device=cpu')}
     said = {}
     for command in commands:

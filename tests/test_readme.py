@@ -172,15 +172,15 @@ def test_every_command_names_files_and_options_that_exist(page):
             raise AssertionError(f'{command}: {e!r}') from e
 
 
-@pytest.mark.parametrize('command', [
-    'python train.py --n_layers=3', 'python train.py --n_layer=x', 'python train.py config/no.py',
-    'python no.py', 'make no', 'kubectl create -f no.yaml', 'kubectl get pytorchtrainingjob no',
-    'torchrun --nproc_per_node=8 train.py --n_layers=3', 'pip install -r no.txt', 'wget x',
-    'sed -E s/a/b/ no.yaml', pytest.param('kubectl logs -l owner-name=nanogpt --max-requests=8',
-    marks=pytest.mark.skipif(not help_of('kubectl', 'logs'), reason='no kubectl here'))])
-def test_a_command_that_does_not_exist_is_found(command):
-    with pytest.raises((AssertionError, KeyError, ValueError, OSError)):
-        check(command)
+def test_a_command_that_does_not_exist_is_found():
+    wrong = ['python train.py --n_layers=3', 'python train.py --n_layer=x', 'python no.py',
+             'python train.py config/no.py', 'kubectl get pytorchtrainingjob no', 'wget x', 'make no',
+             'kubectl create -f no.yaml', 'torchrun --nproc_per_node=8 train.py --n_layers=3']
+    if help_of('kubectl', 'logs'):
+        wrong.append('kubectl logs -l tensorstack.dev/owner-name=nanogpt --max-requests=8')
+    for command in wrong:
+        with pytest.raises((AssertionError, KeyError, ValueError, OSError)):
+            check(command)
 
 
 def test_the_sed_lines_make_jobs_of_the_other_dialect_and_of_a_mirror(tmp_path):

@@ -3,6 +3,8 @@
 Who a process is stands in RANK, LOCAL_RANK and WORLD_SIZE; where rank 0 listens, in MASTER_ADDR
 and MASTER_PORT. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
 """
+import configurator
+
 import itertools
 import json
 import os
@@ -87,16 +89,15 @@ def is_lost_peer(error):
 @contextmanager
 def lost_peers(stop=None, rescue=None):
     """When another process is lost: call rescue(), if given, and end with 138, to be restarted."""
-    rank, _, world_size = environment()
     try:
         yield
     except (RuntimeError, OSError) as error:
-        if world_size == 1 or not is_lost_peer(error):
+        if environment()[2] == 1 or not is_lost_peer(error):
             raise
         if rescue:
             rescue()
-        leave(stop and stop.exit_code or 138, f'train.py: rank {rank}: another process was lost: '
-                                              f'{str(error).splitlines()[0]}')
+        leave(stop and stop.exit_code or 138, f'{configurator.this_script()}: another process was '
+                                              f'lost: {str(error).splitlines()[0]}')
 
 
 def finish(code):

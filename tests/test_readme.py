@@ -174,8 +174,9 @@ def test_every_command_names_files_and_options_that_exist(page):
 
 def test_a_command_that_does_not_exist_is_found():
     wrong = ['python train.py --n_layers=3', 'python train.py --n_layer=x', 'python no.py',
-             'python train.py config/no.py', 'kubectl get pytorchtrainingjob no', 'wget x', 'make no',
-             'kubectl create -f no.yaml', 'torchrun --nproc_per_node=8 train.py --n_layers=3']
+             'python train.py config/no.py', 'make no', 'kubectl get pytorchtrainingjob no',
+             'kubectl create -f no.yaml', 'torchrun --nproc_per_node=8 train.py --n_layers=3',
+             'wget x']
     if help_of('kubectl', 'logs'):
         wrong.append('kubectl logs -l tensorstack.dev/owner-name=nanogpt --max-requests=8')
     for command in wrong:

@@ -306,4 +306,4 @@ if exit_code and not eval_only:
 elif not eval_only:
     log.say(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
             f'sample with "python sample.py --out_dir={out_dir}"')
-distributed.finish(exit_code or 0)
+distributed.finish(exit_code or 0, stop)

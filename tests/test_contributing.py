@@ -1,25 +1,13 @@
 """CONTRIBUTING.md: its data set, its config and its commands, done as the page says."""
 import importlib.util
 import re
-import shutil
 import sys
 
 import torch
-from conftest import ROOT, TINY, evaluations_of, succeed
+from conftest import ROOT, TINY, copy_of_repo, evaluations_of, succeed
 from conftest import start as start_script
 
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
-
-
-def copy_of_repo(folder):
-    """The scripts, configs and data scripts, without what they made here."""
-    folder.mkdir()
-    for path in ROOT.glob('*.py'):
-        shutil.copy(path, folder)
-    for name in ('config', 'data'):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
-            '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
-    return folder
 
 
 def test_the_data_set_and_the_config_of_the_page_work(tmp_path):

@@ -233,9 +233,9 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
     if ddp and not eval_only:
         # DDP settles the order of its sums in its first backward pass: spend one before step 1, so
         # that a resumed run adds up like an uncut one.
-        idx = torch.zeros(micro_batch_size, block_size, dtype=torch.int64, device=torch_device)
+        rows = torch.zeros(micro_batch_size, block_size + 1, dtype=torch.int64, device=torch_device)
         with autocast:
-            model(idx, idx)[1].backward()
+            model(rows[:, :-1], rows[:, 1:])[1].backward()
         raw_model.zero_grad(set_to_none=True)
     batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
     stop.armed = True  # from now on a signal waits for the end of the step

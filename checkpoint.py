@@ -94,7 +94,7 @@ def load_checkpoint(path):
         ckpt = load_plain(path)
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or no checkpoint ({type(error).__name__})'
-        if 'GLOBAL' in str(error):
+        if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # torch 2.1 says the latter
             what = 'holds more than tensors and plain types, which could run code'
         raise ValueError(f'{path}: {what}: expected a file that train.py wrote') from error
     for key in ('model', 'model_args'):

@@ -3,12 +3,11 @@ import json
 import math
 import os
 import re
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Script
 from test_export import META, export, randomize, save_checkpoint
 from test_sample import run_here
 
@@ -78,7 +77,7 @@ def test_ctranslate2_generates_the_same(quantization, exported, ct2, tmp_path):
 
 
 def test_ctranslate2_refuses_a_padded_vocabulary(exported, ct2, tmp_path):
-    gpt, hf = exported
+    _, hf = exported
     export(f'--out_dir={hf.parent / "out"}', f'--hf_dir={tmp_path / "kept"}', '--keep_vocab=True')
     with pytest.raises(ValueError, match='50304'):
         converted(ct2, tmp_path / 'kept', tmp_path / 'ct2')
@@ -156,3 +155,46 @@ def val_loss(*options):
     said = run_here('train.py', *options)
     assert said.code == 0, said.err
     return float(re.search(r'val loss ([\d.]+)', said.out)[1])
+
+
+# ---------------------------------------------------------------------- lm-evaluation-harness
+
+LM_EVAL = ROOT / '.venv-lm-eval' / 'bin' / 'lm_eval'
+TASK = """
+task: local_text
+dataset_path: text
+dataset_kwargs:
+  data_files: {test: my.txt}
+  sample_by: document
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LM_EVAL.exists(), reason='`make test-long` installs lm-eval')
+def test_lm_eval_measures_what_eval_only_does(exported, tmp_path):
+    _, hf = exported
+    encoding = tokens.gpt2_encoding()
+    ids = encoding.encode(' '.join(PROMPTS * 9))[:T]
+    text = encoding.decode(ids)
+    assert encoding.encode(text) == ids  # cut between two characters
+    (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    (tmp_path / 'local_text.yaml').write_text(TASK)
+    offline = {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home')}
+    done = Script([LM_EVAL, '--model', 'hf', '--model_args', f'pretrained={hf},dtype=float32',
+                   '--tasks', 'local_text', '--include_path', '.', '--device', 'cpu',
+                   '--output_path', 'results'], offline, cwd=tmp_path).wait(300)
+    assert done.code == 0, done.err
+    [results] = tmp_path.glob('results/**/results*.json')
+    theirs = json.loads(results.read_text())['results']['local_text']['bits_per_byte,none']
+    # lm-eval starts each text with <|endoftext|>; on data of one row each draw is that row.
+    data = write_rows(tmp_path / 'data', [50256, *ids])
+    ours = val_loss(f'--init_from={hf}', f'--dataset={data}', '--eval_only=True', '--device=cpu',
+                    '--dtype=float32', f'--block_size={T}', '--batch_size=1', '--eval_iters=1',
+                    '--gradient_accumulation_steps=1')
+    assert abs(ours * T / math.log(2) / len(text.encode()) - theirs) < 1e-4 * theirs

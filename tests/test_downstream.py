@@ -37,9 +37,13 @@ def exported(tmp_path_factory):
 def greedy_ids(gpt, prompt, n=20):
     """The prompt's ids, and those of the n tokens after it."""
     ids = tokens.gpt2_encoding().encode(prompt)
-    told = gpt.generate(torch.tensor([ids]), n, temperature=0, vocab_size=50257)[0].tolist()
-    assert len(set(told[len(ids):])) > 5  # a text of one token would be no evidence
-    return ids, told[len(ids):]
+    told = gpt.generate(torch.tensor([ids]), n, temperature=0, vocab_size=50257)
+    with torch.no_grad():
+        first, second = gpt(told)[0][0, len(ids) - 1:-1, :50257].topk(2).values.T
+    told = told[0, len(ids):].tolist()
+    # One token again and again, or two that are as likely, would be no evidence.
+    assert len(set(told)) > 5 and (first - second).min() > 1e-3
+    return ids, told
 
 
 # ---------------------------------------------------------------------------------- CTranslate2
@@ -142,6 +146,26 @@ def test_models_tuned_elsewhere_train_and_sample_here(kind, exported, tmp_path):
     assert abs(val_loss(*options, '--eval_only=True') - expected) < 2e-4
     said = run_here('train.py', *options, '--max_iters=2', '--warmup_iters=0')
     assert said.code == 0 and (tmp_path / 'out' / 'ckpt.pt').exists(), said.err
+
+
+def test_a_folder_of_other_tokens_is_refused_and_extra_tokens_are_named(exported, tmp_path):
+    _, hf = exported
+    data = write_rows(tmp_path / 'data', range(T + 1))
+    judge = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    options = (f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--block_size={T}',
+               '--device=cpu', '--dtype=float32', '--batch_size=1', '--eval_iters=1',
+               '--gradient_accumulation_steps=1', '--max_iters=0', '--warmup_iters=0')
+    for size in (5000, 50260):
+        judge.resize_token_embeddings(size)
+        judge.save_pretrained(tmp_path / str(size))
+        said = run_here('train.py', f'--init_from={tmp_path / str(size)}', *options)
+        if size == 5000:
+            assert said.code == 1 and 'has 5000 tokens, the data needs 50257' in said.err
+            assert 'out_dir' not in said.err
+            said = run_here('sample.py', f'--init_from={tmp_path / str(size)}')
+            assert said.code == 1 and 'has 5000 tokens, GPT-2 text needs 50257' in said.err
+    said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    assert 'embeddings 50,257 to 50,259, which the tokenizer lacks, were left out' in said
 
 
 def write_rows(folder, ids):

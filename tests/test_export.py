@@ -363,7 +363,7 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     gpt, hf = gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META), tmp_path / 'hf'
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={hf}')
     assert '50,257 of 50,304' in said and 'zeros' in said and 'step 7' in said
-    assert 'embeddings 50,257 to 50,303, which have no token, were left out' in said
+    assert 'embeddings 50,257 to 50,303, which the tokenizer lacks, were left out' in said
     assert contents(hf).keys() == {
         'config.json', 'generation_config.json', 'model.safetensors', 'vocab.json', 'merges.txt',
         'tokenizer_config.json'}

@@ -127,11 +127,10 @@ def check_vocabulary(ckpt, meta):
     """ValueError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
     ours, theirs = ({key: value for key, value in m.items() if key not in ('tokens', 'source')}
                     for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's does not say
-    size = ckpt['model_args'].get('vocab_size', 50257)
-    if ours != theirs or meta['vocab_size'] > size:
-        new = ', or --out_dir=... for a new run' if 'iter_num' in ckpt else ''
-        raise ValueError(f"the model's vocabulary has {size} tokens, the data needs "
-                         f'{meta["vocab_size"]} ({meta["tokenizer"]}): choose data that fits{new}')
+    size, need = ckpt['model_args'].get('vocab_size', 50257), meta['vocab_size']
+    if ours != theirs or need > size:
+        fix = 'choose data in its tokens' + (', or another --out_dir' if 'iter_num' in ckpt else '')
+        raise ValueError(f"the model's vocabulary has {size} tokens, the data needs {need}: {fix}")
 
 
 def load_optimizers(optimizers, saved):

@@ -17,7 +17,7 @@ test: $(VENV)/dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest -m "not long" --durations=10
 
-test-long: $(VENV)/dev
+test-long: $(VENV)/dev .venv-lm-eval/run
 	$(PY) -m pytest -m long --durations=20
 
 test-cuda: $(VENV)/dev
@@ -43,6 +43,15 @@ test-torch-%: .venv-torch-%/run
 		hypothesis
 	@touch $@
 
+# lm-evaluation-harness, for one test, on top of the packages in $(VENV).
+.venv-lm-eval/run: $(VENV)/dev Makefile
+	$(PY) -m venv .venv-lm-eval
+	SITE='import site; print(site.getsitepackages()[0])'; \
+		$(PY) -c "$$SITE" > "$$(.venv-lm-eval/bin/python -c "$$SITE")/dev.pth"
+	timeout 900 .venv-lm-eval/bin/python -m pip install -q --disable-pip-version-check \
+		lm-eval==0.4.13 $$($(PY) -m pip freeze | grep -E '^(torch|transformers|numpy)==')
+	@touch $@
+
 bench: $(VENV)/run
 	$(PY) bench.py
 
@@ -60,4 +69,4 @@ $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(addprefix .venv-torch-,$(OLD))
+	rm -rf $(VENV) .venv-lm-eval $(addprefix .venv-torch-,$(OLD))

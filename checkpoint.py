@@ -13,7 +13,6 @@ if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
     # torch.load never looks at the checksums, and they take as long as the writing.
     torch.serialization.set_crc32_options(False)
 
-
 warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 warns itself
 
 
@@ -128,9 +127,10 @@ def check_vocabulary(ckpt, meta):
     """ValueError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
     ours, theirs = ({key: value for key, value in m.items() if key not in ('tokens', 'source')}
                     for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's does not say
-    if ours != theirs or meta['vocab_size'] > ckpt['model_args'].get('vocab_size', 50257):
-        raise ValueError("the checkpoint's vocabulary is not the data's: resume with the data set "
-                         'that it was trained on, or type --out_dir=... for a new run')
+    size, need = ckpt['model_args'].get('vocab_size', 50257), meta['vocab_size']
+    if ours != theirs or need > size:
+        fix = 'choose data in its tokens' + (', or another --out_dir' if 'iter_num' in ckpt else '')
+        raise ValueError(f"the model's vocabulary has {size} tokens, the data needs {need}: {fix}")
 
 
 def load_optimizers(optimizers, saved):

@@ -50,7 +50,7 @@ with configurator.user_errors():
 print(f'{out_dir}/{checkpoint} (step {ckpt.get("iter_num")}) -> {hf_dir}: {dtype}, vocabulary '
       f'{vocab_size:,} of {padded:,}')
 if padded > meta['vocab_size']:
-    rows = f'embeddings {meta["vocab_size"]:,} to {padded - 1:,}, which have no token,'
+    rows = f'embeddings {meta["vocab_size"]:,} to {padded - 1:,}, which the tokenizer lacks,'
     print(rows, 'were kept: CTranslate2 refuses such a folder' if keep_vocab else
           'were left out; --keep_vocab=True keeps them')
 if not model.config.bias:

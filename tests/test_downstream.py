@@ -1,0 +1,224 @@
+"""What leaves this repository works in other programs, and what they write works here."""
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Script
+from test_export import META, export, randomize, save_checkpoint
+from test_sample import run_here
+
+from data import tokens
+from model import GPT, GPTConfig
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+transformers = pytest.importorskip('transformers')
+
+PROMPTS = ('To be, or not to be', 'The', 'Ein naïver Käse 🙂, 日本語だ。')
+T = 64  # block_size
+GREEDY = {'do_sample': False, 'max_new_tokens': 20, 'min_new_tokens': 20}
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """(gpt, hf): a GPT with a padded vocabulary, its text varied, and its export."""
+    base = tmp_path_factory.mktemp('exported')
+    torch.manual_seed(0)
+    gpt = randomize(GPT(GPTConfig(block_size=T, vocab_size=50304, n_layer=2, n_head=4, n_embd=48,
+                                  bias=False)), 0.15)
+    save_checkpoint(base / 'out' / 'ckpt.pt', gpt, meta=META)
+    export(f'--out_dir={base / "out"}', f'--hf_dir={base / "hf"}')
+    return gpt, base / 'hf'
+
+
+def greedy_ids(gpt, prompt, n=20):
+    """The prompt's ids, and those of the n tokens after it."""
+    ids = tokens.gpt2_encoding().encode(prompt)
+    told = gpt.generate(torch.tensor([ids]), n, temperature=0, vocab_size=50257)
+    with torch.no_grad():
+        first, second = gpt(told)[0][0, len(ids) - 1:-1, :50257].topk(2).values.T
+    told = told[0, len(ids):].tolist()
+    # One token again and again, or two that are as likely, would be no evidence.
+    assert len(set(told)) > 5 and (first - second).min() > 1e-3
+    return ids, told
+
+
+# ---------------------------------------------------------------------------------- CTranslate2
+
+@pytest.fixture
+def ct2():
+    return pytest.importorskip('ctranslate2')
+
+
+def converted(ct2, hf, folder, **options):
+    ct2.converters.TransformersConverter(str(hf)).convert(str(folder), **options)
+    return ct2.Generator(str(folder), device='cpu', intra_threads=1)
+
+
+@pytest.mark.parametrize('quantization', [
+    'float32', pytest.param('int8', marks=pytest.mark.long)])
+def test_ctranslate2_generates_the_same(quantization, exported, ct2, tmp_path):
+    gpt, hf = exported
+    generator = converted(ct2, hf, tmp_path / 'ct2', quantization=quantization)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
+    for prompt in PROMPTS:
+        ids, more = greedy_ids(gpt, prompt)
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        logits = torch.from_numpy(np.array(generator.forward_batch([pieces])))[0]
+        with torch.no_grad():
+            expected = gpt(torch.tensor([ids]))[0][0, :, :50257]
+        error = ((logits - expected).norm() / expected.norm()).item()
+        if quantization == 'int8':  # weights of 8 bits: two close tokens can change places
+            assert 1e-3 < error < 0.1
+            continue
+        assert error < 1e-5
+        [result] = generator.generate_batch(
+            [pieces], max_length=20, min_length=20, sampling_topk=1, include_prompt_in_result=False)
+        assert result.sequences_ids[0] == more
+
+
+def test_ctranslate2_refuses_a_padded_vocabulary(exported, ct2, tmp_path):
+    _, hf = exported
+    export(f'--out_dir={hf.parent / "out"}', f'--hf_dir={tmp_path / "kept"}', '--keep_vocab=True')
+    with pytest.raises(ValueError, match='50304'):
+        converted(ct2, tmp_path / 'kept', tmp_path / 'ct2')
+
+
+# ------------------------------------------------------------------- transformers, Trainer, peft
+
+def test_padded_prompts_generate_what_each_does_alone(exported):
+    gpt, hf = exported
+    judge = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf, padding_side='left')
+    with pytest.raises(ValueError, match='pad'):
+        tokenizer(list(PROMPTS), padding=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(list(PROMPTS), padding=True, return_tensors='pt')
+    assert set(batch.attention_mask.sum(1).tolist()) == {1, 7, 19}
+    told = judge.generate(**batch, **GREEDY)[:, batch.input_ids.size(1):]
+    assert told.tolist() == [greedy_ids(gpt, prompt)[1] for prompt in PROMPTS]
+
+
+def tune(model, folder):
+    """Two steps of transformers' Trainer, which leave checkpoint-2 in folder, and its model."""
+    ids = tokens.gpt2_encoding().encode(' '.join(PROMPTS * 9))
+    rows = [{'input_ids': ids[i:i + T], 'labels': ids[i:i + T]} for i in range(4)]
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(
+        str(folder), max_steps=2, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True,
+        save_steps=2, report_to=[], disable_tqdm=True), train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(folder / 'model'))
+    return trainer.model
+
+
+@pytest.mark.parametrize('kind', ['checkpoint-2', 'model', 'lora'])
+def test_models_tuned_elsewhere_train_and_sample_here(kind, exported, tmp_path):
+    gpt, hf = exported
+    pytest.importorskip('accelerate')  # Trainer's
+    judge, folder = transformers.AutoModelForCausalLM.from_pretrained(hf), tmp_path / kind
+    if kind == 'lora':
+        peft = pytest.importorskip('peft')
+        judge = peft.get_peft_model(judge, peft.LoraConfig(
+            task_type='CAUSAL_LM', target_modules=['c_attn', 'c_fc'], fan_in_fan_out=True))
+        judge = tune(judge, tmp_path).merge_and_unload()
+        judge.save_pretrained(folder)
+    else:
+        judge = tune(judge, tmp_path)
+    # The same text, greedily.
+    ids, before = greedy_ids(gpt, PROMPTS[0])
+    tuned = judge.eval().generate(torch.tensor([ids]), **GREEDY)[0].tolist()
+    assert tuned[len(ids):] != before
+    options = (f'--init_from={folder}', '--device=cpu', '--dtype=float32')
+    said = run_here('sample.py', *options, f'--start={PROMPTS[0]}', '--temperature=0',
+                    '--max_new_tokens=20')
+    assert said.out == tokens.gpt2_encoding().decode(tuned) + '\n---------------\n', said
+    # The same loss, on data of one row: each draw is that row.
+    row = tokens.gpt2_encoding().encode(' '.join(PROMPTS * 9))[:T + 1]
+    data = write_rows(tmp_path / 'data', row)
+    options += (f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--block_size={T}',
+                '--batch_size=1', '--gradient_accumulation_steps=1', '--eval_iters=1')
+    with torch.no_grad():
+        logits = judge(torch.tensor([row[:-1]])).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:])).item()
+    assert abs(val_loss(*options, '--eval_only=True') - expected) < 2e-4
+    said = run_here('train.py', *options, '--max_iters=2', '--warmup_iters=0')
+    assert said.code == 0 and (tmp_path / 'out' / 'ckpt.pt').exists(), said.err
+
+
+def test_a_folder_of_other_tokens_is_refused_and_extra_tokens_are_named(exported, tmp_path):
+    _, hf = exported
+    data = write_rows(tmp_path / 'data', range(T + 1))
+    judge = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    options = (f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--block_size={T}',
+               '--device=cpu', '--dtype=float32', '--batch_size=1', '--eval_iters=1',
+               '--gradient_accumulation_steps=1', '--max_iters=0', '--warmup_iters=0')
+    for size in (5000, 50260):
+        judge.resize_token_embeddings(size)
+        judge.save_pretrained(tmp_path / str(size))
+        said = run_here('train.py', f'--init_from={tmp_path / str(size)}', *options)
+        if size == 5000:
+            assert said.code == 1 and 'has 5000 tokens, the data needs 50257' in said.err
+            assert 'out_dir' not in said.err
+            said = run_here('sample.py', f'--init_from={tmp_path / str(size)}')
+            assert said.code == 1 and 'has 5000 tokens, GPT-2 text needs 50257' in said.err
+    said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    assert 'embeddings 50,257 to 50,259, which the tokenizer lacks, were left out' in said
+
+
+def write_rows(folder, ids):
+    folder.mkdir()
+    for split in ('train', 'val'):
+        np.array(ids, '<u2').tofile(folder / f'{split}.bin')
+    return folder
+
+
+def val_loss(*options):
+    said = run_here('train.py', *options)
+    assert said.code == 0, said.err
+    return float(re.search(r'val loss ([\d.]+)', said.out)[1])
+
+
+# ---------------------------------------------------------------------- lm-evaluation-harness
+
+LM_EVAL = ROOT / '.venv-lm-eval' / 'bin' / 'lm_eval'
+TASK = """
+task: local_text
+dataset_path: text
+dataset_kwargs:
+  data_files: {test: my.txt}
+  sample_by: document
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LM_EVAL.exists(), reason='`make test-long` installs lm-eval')
+def test_lm_eval_measures_what_eval_only_does(exported, tmp_path):
+    _, hf = exported
+    encoding = tokens.gpt2_encoding()
+    ids = encoding.encode(' '.join(PROMPTS * 9))[:T]
+    text = encoding.decode(ids)
+    assert encoding.encode(text) == ids  # cut between two characters
+    (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    (tmp_path / 'local_text.yaml').write_text(TASK)
+    offline = {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home')}
+    done = Script([LM_EVAL, '--model', 'hf', '--model_args', f'pretrained={hf},dtype=float32',
+                   '--tasks', 'local_text', '--include_path', '.', '--device', 'cpu',
+                   '--output_path', 'results'], offline, cwd=tmp_path).wait(300)
+    assert done.code == 0, done.err
+    [results] = tmp_path.glob('results/**/results*.json')
+    theirs = json.loads(results.read_text())['results']['local_text']['bits_per_byte,none']
+    # lm-eval starts each text with <|endoftext|>; on data of one row each draw is that row.
+    data = write_rows(tmp_path / 'data', [50256, *ids])
+    ours = val_loss(f'--init_from={hf}', f'--dataset={data}', '--eval_only=True', '--device=cpu',
+                    '--dtype=float32', f'--block_size={T}', '--batch_size=1', '--eval_iters=1',
+                    '--gradient_accumulation_steps=1')
+    assert abs(ours * T / math.log(2) / len(text.encode()) - theirs) < 1e-4 * theirs

@@ -27,7 +27,7 @@ test-cuda: $(VENV)/dev
 OLD = 1.13.1 2.1.2
 OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
 OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py \
-	metrics.py hardware.py tokens.py plot.py notebook.py)
+	metrics.py hardware.py tokens.py plot.py prepare.py)
 
 test-old: $(addprefix test-torch-,$(OLD))
 
@@ -39,7 +39,8 @@ test-torch-%: .venv-torch-%/run
 	@test -n "$(OLD_PYTHON)" || { echo 'make test-old: needs python3.10 or python3.11: install one, or type OLD_PYTHON=...'; exit 1; }
 	$(OLD_PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/python -m pip install -q --disable-pip-version-check \
-		torch==$* 'numpy<2' tqdm safetensors tiktoken pyarrow matplotlib pytest hypothesis
+		torch==$* 'numpy<2' tqdm safetensors tiktoken datasets 'pyarrow<26' matplotlib pytest \
+		hypothesis
 	@touch $@
 
 bench: $(VENV)/run

@@ -100,18 +100,6 @@ def lost_peers(stop=None, rescue=None):
                                               f'lost: {str(error).splitlines()[0]}')
 
 
-def finish(code):
-    """End a run that all ranks leave together, once rank 0 has written its last checkpoint."""
-    if not dist.is_initialized():
-        sys.exit(code)
-    with lost_peers():
-        dist.barrier()
-    leave_in(10, code)  # destroying can hang if a process died meanwhile
-    with suppress(RuntimeError):
-        dist.destroy_process_group()  # else the others' NCCL threads can miss this one's, and abort
-    leave(code)
-
-
 class StopRequest:
     """What SIGTERM and Ctrl-C ask for. Until it is armed they end the process at once."""
 
@@ -126,6 +114,18 @@ class StopRequest:
             leave(128 + signum)
         if self.exit_code != 143:  # SIGTERM wins
             self.exit_code, self.noted = 128 + signum, time.monotonic()
+
+
+def finish(code, stop):
+    """End a run that all ranks leave together, once rank 0 has written its last checkpoint."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    with lost_peers(stop):
+        dist.barrier()
+    leave_in(10, code)  # destroying can hang if a process died meanwhile
+    with suppress(RuntimeError):
+        dist.destroy_process_group()  # else the others' NCCL threads can miss this one's, and abort
+    leave(code)
 
 
 def total(numbers, stop):

@@ -89,7 +89,7 @@ with user_errors():
     amp_dtype = hardware.resolve_dtype(dtype, torch_device)
     decay_end = lr_decay_iters or max_iters
     if warmup_iters > decay_end > 0:
-        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most the {decay_end} steps')
+        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most {decay_end}, all steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp, is_main = world_size > 1, rank == 0
@@ -233,9 +233,9 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
     if ddp and not eval_only:
         # DDP settles the order of its sums in its first backward pass: spend one before step 1, so
         # that a resumed run adds up like an uncut one.
-        idx = torch.zeros(micro_batch_size, block_size, dtype=torch.int64, device=torch_device)
+        rows = torch.zeros(micro_batch_size, block_size + 1, dtype=torch.int64, device=torch_device)
         with autocast:
-            model(idx, idx)[1].backward()
+            model(rows[:, :-1], rows[:, 1:])[1].backward()
         raw_model.zero_grad(set_to_none=True)
     batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
     stop.armed = True  # from now on a signal waits for the end of the step
@@ -306,4 +306,4 @@ if exit_code and not eval_only:
 elif not eval_only:
     log.say(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
             f'sample with "python sample.py --out_dir={out_dir}"')
-distributed.finish(exit_code or 0)
+distributed.finish(exit_code or 0, stop)

@@ -1,11 +1,12 @@
-"""GPT-2 XL taught to speak like Shakespeare: one pass over his works, from OpenAI's weights.
+"""GPT-2 XL fine-tuned on Shakespeare: one pass over his works, from OpenAI's weights.
 
     python data/shakespeare/prepare.py
     python train.py config/finetune_shakespeare.py                       # one GPU of 40 GB or more
     python train.py config/finetune_shakespeare.py --init_from=gpt2      # 124M: 8 GB, or a CPU
     python sample.py --out_dir=out-shakespeare
 
-Memory: 1.56B parameters x 16 bytes (weight, gradient, AdamW's two) = 25 GB, and the activations.
+Memory: 1.56B parameters x 18 bytes (weight, gradient, AdamW's two, bfloat16 copy) = 28 GB, and 3 GB
+of activations.
 init_from may also be gpt2-medium, gpt2-large or a folder in Hugging Face format. Time and loss are
 not measured here: the hub is out of reach, and no GPU was at hand. By arithmetic a step of gpt2-xl
 costs 32,768 tokens x 10.3 GFLOP = 337 TFLOP: 3 s on an A100 at 40 % of its 312 TFLOP/s.

@@ -11,7 +11,7 @@ of 80 GB, with the same 480 sequences a step and as many in an evaluation:
 nanoGPT reports a validation loss of 2.85 for this recipe; it was never trained to completion here.
 """
 out_dir = 'out-gpt2'
-init_from = 'auto'  # a restarted pod goes on from the last checkpoint
+init_from = 'auto'  # a restarted pod resumes from the last checkpoint
 
 # 12 sequences x 40 x 1024 tokens = 491,520 tokens per step, over all processes together
 batch_size = 12

@@ -10,11 +10,14 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 120  # for any script here; they take seconds
+LIMIT_S = 240  # for any script here; they take seconds
 # Options of a run that takes milliseconds a step. 8 sequences of 32 tokens make one.
 TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32',
         '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=2', '--max_iters=10',
@@ -32,16 +35,81 @@ CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
 started = []
 
 
+# Runs a script for each line {argv, env, cwd, out, err, end} of its input, in a process of its own
+# as __main__, with torch imported already: that takes longer than most scripts here. The file `end`
+# gets the process's id, and at its end also its exit code.
+NURSERY = """
+import json, os, runpy, signal, sys
+import torch.distributed, torch.nn.parallel
+try:
+    import torch.utils.tensorboard
+except ImportError:
+    pass
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        for fd, name in enumerate([os.devnull, job['out'], job['err']]):
+            os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
+        os.chdir(job['cwd'])
+        os.environ.update(job['env'])
+        sys.argv, sys.path[0] = job['argv'], os.path.dirname(job['argv'][0])
+        runpy.run_path(sys.argv[0], run_name='__main__')
+        sys.exit()
+    for ended in False, True:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if ended else ''
+        with open(job['end'] + '.tmp', 'w') as f:
+            f.write(f'{pid} {code}')
+        os.replace(job['end'] + '.tmp', job['end'])
+    os._exit(0)
+"""
+
+
+class Fork:
+    """A process of the nursery, with the part of Popen's interface that Script needs."""
+    nursery, lock = None, threading.Lock()
+
+    def __init__(self, argv, env, cwd, files):
+        out, err = (file.name for file in files)
+        self.end = Path(f'{out}.end')
+        with Fork.lock:
+            if Fork.nursery is None:
+                Fork.nursery = subprocess.Popen(
+                    [sys.executable, '-c', NURSERY], stdin=subprocess.PIPE, text=True,
+                    env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True)
+            print(json.dumps({'argv': [str(arg) for arg in argv], 'env': env, 'cwd': str(cwd),
+                              'out': out, 'err': err, 'end': str(self.end)}),
+                  file=Fork.nursery.stdin, flush=True)
+        while not self.end.exists():
+            assert Fork.nursery.poll() is None
+            time.sleep(0.001)
+        self.pid, self.returncode = int(self.end.read_text().split()[0]), None
+
+    def poll(self):
+        if self.returncode is None and (end := self.end.read_text().split())[1:]:
+            self.returncode = int(end[1])
+            self.end.unlink()
+        return self.returncode
+
+
 class Script:
     """One process of a script, its output so far in `out` and `err`, its end in `code`."""
 
-    def __init__(self, argv, env=None, **popen):
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
-        env.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
-        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        popen = {'stdout': self.files[0], 'stderr': self.files[1], 'cwd': ROOT, **popen}
-        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL,
-                                        start_new_session=True, **popen)
+    def __init__(self, argv, env=None, cwd=ROOT, **popen):
+        self.files = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
+        if argv[:1] == [sys.executable] and ROOT / 'train.py' in argv[:2] and not popen:
+            self.process = Fork(argv[1:], env or {}, cwd, self.files)
+        else:
+            env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
+            env.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
+            popen = {'stdout': self.files[0], 'stderr': self.files[1], **popen}
+            self.process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL,
+                                            start_new_session=True, **popen)
         started.append(self)
 
     def read(self, file):
@@ -85,6 +153,8 @@ class Script:
 def pytest_sessionfinish():
     for script in started:
         script.send(signal.SIGKILL)
+    if Fork.nursery:
+        Fork.nursery.kill()
 
 
 def start(script, *options, env=None, **popen):
@@ -95,6 +165,31 @@ def start(script, *options, env=None, **popen):
 def run(script, *options, limit_s=LIMIT_S, **popen):
     """`python SCRIPT OPTIONS`, ended."""
     return start(script, *options, **popen).wait(limit_s)
+
+
+def copy_of_repo(folder):
+    """The scripts, configs and data scripts, without what they made here."""
+    folder.mkdir()
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
+    for name in ('config', 'data'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
+            '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
+    return folder
+
+
+def patched_train(folder, patches):
+    """A script in the folder that is train.py, once `patches` has changed what it imports."""
+    path = folder / 'patched.py'
+    path.write_text(f"""import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, distributed, hardware, model
+from data import tokens
+{textwrap.dedent(patches)}
+sys.argv[0] = {str(ROOT / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""", encoding='utf-8')
+    return path
 
 
 def options_in(script):

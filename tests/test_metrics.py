@@ -5,35 +5,49 @@ import os
 import struct
 import sys
 import termios
-import time
+from contextlib import suppress
 
 import pytest
 
 from metrics import Log
 
 
-def make(out_dir, iter_num=0, evaluated=False, peak_flops=0.0):
-    """A Log of a run of 10 steps, of 100 tokens each, at 50 FLOPs a token."""
-    log = Log(out_dir and str(out_dir), iter_num, evaluated, 10, 100, 50, peak_flops)
-    log.start_clock(iter_num)
-    return log
+def make(out_dir, iter_num=0, evaluated=False, peak_tok_per_sec=0.0, **config):
+    """The Log of the main process of a run of 10 steps, of 100 tokens each."""
+    config = {'out_dir': str(out_dir), 'eval_only': False, 'max_iters': 10, 'log_interval': 1,
+              **config}
+    return Log(config, True, iter_num, 3.5 if evaluated else None, 100, peak_tok_per_sec)
 
 
-def write_run(out_dir, last, every=2, start=0, evaluated=False):
+def numbers(i, grad_norm=1.0):
+    return {'loss': 4.0 - i, 'grad_norm': grad_norm, 'lr': 1e-3}
+
+
+EVALUATION = {'train_loss': 3.0, 'val_loss': 3.5, 'eval_s': 0.25}
+
+
+def write_run(out_dir, last, start=0, evaluated=False):
     """What a run tells that evaluates every second step: from `start` to step `last`."""
     log = make(out_dir, start, evaluated)
     for i in range(start, last + 1):
         if i > start:
-            log.step(i, 4.0 - i, 1e-3, 1.0)
-        if i % every == 0 and not (i == start and evaluated):
-            log.evaluation(i, 3.0, 3.5)
+            log.step(i, 0.1, numbers(i))
+        if i % 2 == 0 and not (i == start and evaluated):
+            log.tell(i, EVALUATION)
     log.close()
+
+
+def entries(out_dir):
+    def refuse(constant):
+        raise AssertionError(f'{constant} is no JSON')
+
+    lines = (out_dir / 'log.jsonl').read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def told(out_dir):
     """(step, whether it is an evaluation) of each line."""
-    lines = (out_dir / 'log.jsonl').read_text().splitlines()
-    return [(e['iter'], 'val_loss' in e) for e in map(json.loads, lines)]
+    return [(entry['iter'], 'val_loss' in entry) for entry in entries(out_dir)]
 
 
 WHOLE = [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),
@@ -68,7 +82,7 @@ def test_half_a_line_at_the_end_is_left_out(lost, tmp_path):
 @pytest.mark.parametrize('damage', [b'\0' * 30, b'\xff\xfe\n', b'{"iter": 3, "l{"iter": 9}\n',
                                     b'7\n', b'[]\n', b'{"loss": 1}\n', b'\n'])
 def test_damage_in_the_middle_costs_no_other_line(damage, tmp_path):
-    """As a crash of the node can leave it: a run must go on all the same."""
+    """A crash of the node can leave anything: the run resumes all the same."""
     write_run(tmp_path, last=5)
     path = tmp_path / 'log.jsonl'
     lines = path.read_bytes().splitlines(keepends=True)
@@ -79,9 +93,9 @@ def test_damage_in_the_middle_costs_no_other_line(damage, tmp_path):
 
 def test_each_line_is_on_disk_when_it_is_told(tmp_path):
     log = make(tmp_path)
-    log.step(1, 4.0, 1e-3, 1.0)
+    log.step(1, 0.1, numbers(1))
     assert told(tmp_path) == [(1, False)]
-    log.evaluation(1, 3.0, 3.5)
+    log.tell(1, EVALUATION)
     assert told(tmp_path) == [(1, False), (1, True)]
     log.close()
 
@@ -97,57 +111,50 @@ def test_tensorboard_tells_each_step_once_after_a_cut(tmp_path):
         board.Tags()['scalars'])
 
 
-def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch):
+def test_a_run_needs_no_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # import fails
     write_run(tmp_path, last=6)
-    assert told(tmp_path) == WHOLE and os.listdir(tmp_path) == ['log.jsonl']
+    assert told(tmp_path) == WHOLE
+    assert sorted(os.listdir(tmp_path)) == ['config.json', 'log.jsonl']
 
 
 @pytest.mark.parametrize('grad_norm', [float('inf'), float('nan')])
 def test_a_gradient_norm_that_is_not_finite_stays_valid_json(grad_norm, tmp_path):
-    """float16's scaler skips such a step, and the run goes on."""
+    """float16's scaler skips such a step, and the run continues."""
     log = make(tmp_path)
-    log.step(1, 4.0, 1e-3, grad_norm)
+    log.step(1, 0.1, numbers(1, grad_norm))
     log.close()
-
-    def refuse(constant):
-        raise AssertionError(f'{constant} is no JSON')
-
-    [line] = (tmp_path / 'log.jsonl').read_text().splitlines()
-    assert json.loads(line, parse_constant=refuse)['grad_norm'] is None
+    assert entries(tmp_path)[0]['grad_norm'] is None
 
 
-def test_speed_is_the_mean_since_the_last_line_without_what_lay_between(tmp_path, capsys):
-    log = make(tmp_path, peak_flops=1e6)
-    time.sleep(0.2)  # an evaluation
-    log.start_clock(0)
-    time.sleep(0.1)  # two steps
-    log.step(2, 4.0, 1e-3, 1.0)
+def test_every_third_step_and_the_last_tell_the_mean_speed_since_the_line_before(tmp_path, capsys):
+    log = make(tmp_path, peak_tok_per_sec=2000, log_interval=3)
+    for i in range(1, 11):
+        log.step(i, 0.1 * i, numbers(i))
     log.close()
-    [entry] = map(json.loads, (tmp_path / 'log.jsonl').read_text().splitlines())
-    assert 50 <= entry['dt_ms'] < 140  # with the evaluation: 150
-    assert entry['tok_per_sec'] == pytest.approx(100 / (entry['dt_ms'] / 1000))
-    assert entry['mfu'] == pytest.approx(entry['tok_per_sec'] * 50 / 1e6)
-    line = capsys.readouterr().out
-    assert line.startswith('step 2 | loss 4.0000 | lr 1.00e-03 | grad norm 1.000 | ')
-    assert ' ms | ' in line and f'mfu {entry["mfu"]:.3f}' in line
+    told = entries(tmp_path)
+    assert [(e['iter'], e['dt_ms']) for e in told] == [
+        (i, pytest.approx(dt_ms)) for i, dt_ms in ((3, 200), (6, 500), (9, 800), (10, 1000))]
+    for e in told:
+        assert e['tok_per_sec'] == pytest.approx(100 / (e['dt_ms'] / 1000))
+        assert e['mfu'] == pytest.approx(e['tok_per_sec'] / 2000)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        'step 3 | loss 1.0000 | grad norm 1.000 | lr 1.00e-03 | 200.0 ms | 500 tok/s | mfu 0.250')
 
 
 def test_an_unknown_device_has_no_mfu(tmp_path, capsys):
     log = make(tmp_path)
-    log.step(1, 4.0, 1e-3, 1.0)
+    log.step(1, 0.1, numbers(1))
     log.close()
-    assert 'mfu' not in capsys.readouterr().out
-    assert json.loads((tmp_path / 'log.jsonl').read_text())['mfu'] is None
+    assert 'mfu' not in capsys.readouterr().out and entries(tmp_path)[0]['mfu'] is None
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    log = make(None)
-    log.evaluation(0, 3.0, 3.5)
+def test_an_evaluation_alone_is_shown_and_writes_nothing(tmp_path, capsys):
+    log = make(tmp_path, eval_only=True)
+    log.tell(0, EVALUATION)
     log.close()
-    assert os.listdir() == []
-    assert capsys.readouterr().out == 'step 0 | train loss 3.0000 | val loss 3.5000\n'
+    assert os.listdir(tmp_path) == []
+    assert capsys.readouterr().out == 'step 0 | train loss 3.0000 | val loss 3.5000 | 0.2 s\n'
 
 
 def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypatch, capsys):
@@ -159,8 +166,12 @@ def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypat
         write_run(tmp_path, last=6)
         monkeypatch.undo()
         os.set_blocking(terminal, False)
-        shown = os.read(terminal, 2**16).decode()
+        shown = b''
+        with suppress(BlockingIOError):
+            while True:
+                shown += os.read(terminal, 2**16)
     os.close(terminal)
+    shown = shown.decode()
     assert '6/10' in shown and 'loss -2.0000' in shown and '\r' in shown
     lines = capsys.readouterr().out
     assert lines.count('val loss 3.5000') == 4 and 'step 6 | loss' not in lines

@@ -4,17 +4,16 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, check_help, start, succeed
+from conftest import start, succeed
 from safetensors.torch import load_file, save_file
+from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
+from torch.nn import Linear
 
 from checkpoint import load_checkpoint
 from data import tokens
@@ -25,25 +24,7 @@ transformers = pytest.importorskip('transformers')
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 TINY = {'block_size': 16, 'vocab_size': 61, 'n_layer': 2, 'n_head': 2, 'n_embd': 16}
-TEXTS = ['', ' ', 'Hello world', "  we'll   it's\n\n\ttabs and  spaces \r\n", 'naïve café Ünïcödé',
-         '日本語のテキスト 한국어 العربية', '🙂👩‍👩‍👧 zero\u200bwidth \ufeff', '1234567890 3.14159',
-         'the end<|endoftext|>the start', 'a' * 300, '\x00\x01\x7f\x80\xff', "CAN'T Won'T 'S",
-         'def f(x):\n    return x  # ok\n', '。！？', 'e\u0301 é', '   trailing   ']
 META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-def randomize(model, std):
-    """Random weights, biases and norms included, so that none can be forgotten unnoticed."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if '.ln_' in name and name.endswith('weight') else 0.0, std)
-    return model.eval()
 
 
 def transformers_gpt2(std=0.04, block_size=1024, **config):
@@ -55,15 +36,32 @@ def random_gpt(**config):
     return randomize(GPT(GPTConfig(**{**TINY, **config})), 0.1)
 
 
-def one_line(call, *args, **options):
+def refused(*args):
+    """The one line that GPT.from_pretrained says."""
     with pytest.raises(ValueError, match=r'expected|convert|HF_ENDPOINT') as caught:
-        call(*args, **options)
+        GPT.from_pretrained(*args)
     assert '\n' not in str(caught.value)
     return str(caught.value)
 
 
+def same_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob('*') if path.is_file()}
+
+
+def exit_code_of(work):
+    """That of a copy of this process which does the work, 0 if it comes to its end."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def judged_equal(gpt2, folder):
     with torch.no_grad():
         logits, expected = gpt(idx)[0], gpt2(idx).logits
     error = (logits - expected).abs().max().item()
-    assert error < 1e-4 < expected.std(), error
+    assert error < 1e-4 < 0.01 < expected.std(), error
     greedy = gpt2.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=8,
                            min_new_tokens=8, do_sample=False)
     assert torch.equal(gpt.generate(idx, 8, temperature=0), greedy)
@@ -91,13 +89,12 @@ def judged_equal(gpt2, folder):
     return gpt
 
 
-@pytest.mark.parametrize('shape', [  # n_layer, n_head, n_embd, vocab_size
-    (1, 12, 768, 50257), (1, 16, 1024, 5000), (1, 20, 1280, 5000), (1, 25, 1600, 5000),
-    *(pytest.param(shape, marks=pytest.mark.long) for shape in (
-        (12, 12, 768, 50257), (24, 16, 1024, 50257), (3, 20, 1280, 50257), (3, 25, 1600, 50257)))])
+@pytest.mark.long
+@pytest.mark.parametrize('shape', [  # n_layer, n_head, n_embd
+    (12, 12, 768), (24, 16, 1024), (3, 20, 1280), (3, 25, 1600)])
 def test_transformers_models_of_all_four_sizes_are_the_same_here(shape, tmp_path):
-    shape = dict(zip(('n_layer', 'n_head', 'n_embd', 'vocab_size'), shape))
-    gpt2 = transformers_gpt2(std=0.04 if shape['n_layer'] == 1 else 0.02, **shape)
+    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), shape))
+    gpt2 = transformers_gpt2(std=0.02, **shape)
     gpt2.save_pretrained(tmp_path, max_shard_size='300MB')
     assert judged_equal(gpt2, tmp_path).config == GPTConfig(**shape)
 
@@ -110,34 +107,27 @@ def test_files_of_any_precision_and_in_shards_become_float32_weights(dtype, tmp_
     if dtype == 'float32':
         assert not (tmp_path / 'model.safetensors').exists()
         next(tmp_path.glob('model-00002*')).unlink()
-        assert 'model-00002' in one_line(GPT.from_pretrained, tmp_path)
+        assert 'model-00002' in refused(tmp_path)
 
 
 def test_old_and_new_names_of_tensors_are_read(folder):
     """OpenAI's own files have no prefix, no head, and the causal masks as tensors."""
-    new = GPT.from_pretrained(folder)
-    tensors = load_file(folder / 'model.safetensors')
+    new, tensors = GPT.from_pretrained(folder), load_file(folder / 'model.safetensors')
     assert all(name.startswith('transformer.') for name in tensors)
     old = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
-    for i in range(2):
-        old[f'h.{i}.attn.bias'] = torch.ones(1, 1, 16, 16)
-        old[f'h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
+    old |= {'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.1.attn.masked_bias': torch.tensor(-1e4)}
     headed = {**tensors, 'lm_head.weight': tensors['transformer.wte.weight'].clone()}
     for variant in (old, headed):
         save_file(variant, folder / 'model.safetensors')
-        for a, b in zip(GPT.from_pretrained(folder).parameters(), new.parameters(), strict=True):
-            assert torch.equal(a, b)
+        assert same_weights(GPT.from_pretrained(folder), new)
 
 
 def test_the_block_may_shrink_and_not_grow(folder):
-    whole, idx = GPT.from_pretrained(folder).eval(), torch.randint(61, (1, 6))
+    whole, idx = GPT.from_pretrained(folder, block_size=16).eval(), torch.randint(61, (1, 6))
     short = GPT.from_pretrained(folder, block_size=6, dropout=0.2).eval()
-    assert (short.config.block_size, short.config.dropout) == (6, 0.2)
-    assert short.transformer.wpe.weight.shape == (6, 16)
+    assert short.config == GPTConfig(**{**TINY, 'block_size': 6, 'dropout': 0.2})
     assert torch.equal(short(idx)[0], whole(idx)[0])
-    assert short.generate(idx, 20).shape == (1, 26)
-    assert GPT.from_pretrained(folder, block_size=16).config.block_size == 16
-    assert 'block_size=17: expected at most 16' in one_line(GPT.from_pretrained, folder, 17)
+    assert 'block_size=17: expected at most 16' in refused(folder, 17)
 
 
 @pytest.mark.parametrize(('changes', 'said'), [
@@ -147,7 +137,6 @@ def test_the_block_may_shrink_and_not_grow(folder):
     ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon=1e-06'),
     ({'tie_word_embeddings': False}, 'tie_word_embeddings=False'),
     ({'n_layer': None}, 'n_layer'), ({'n_head': 0}, 'n_head'),
-    ({'n_embd': 32}, r'\(61, 16\): expected \(61, 32\)'),
     ({'n_layer': 1}, r'h\.1\.\S+ is \S+ expected no such tensor'),
     ({'n_layer': 3}, r'h\.2\.\S+ is missing'),
     ({'n_positions': 8}, r'wpe\.weight is \(16, 16\): expected \(8, 16\)'),
@@ -155,109 +144,79 @@ def test_the_block_may_shrink_and_not_grow(folder):
 def test_another_architecture_is_refused_by_name(folder, changes, said):
     path = folder / 'config.json'
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    message = one_line(GPT.from_pretrained, str(folder))
+    message = refused(str(folder))
     assert re.search(said, message) and str(folder) in message
 
 
 def test_wrong_and_damaged_files_are_named(folder):
     path = folder / 'model.safetensors'
-    whole, good = path.read_bytes(), load_file(path)
-    lost, added = 'transformer.h.1.mlp.c_fc.bias', 'transformer.h.0.attn.q_norm.weight'
-    for tensors, said in (
-            ({name: t for name, t in good.items() if name != lost}, f'{lost} is missing'),
-            ({**good, added: torch.ones(3)}, rf'{added} is \(3,\): expected no such'),
-            ({**good, lost: torch.ones(3)}, rf'{lost} is \(3,\): expected \(64,\)'),
-            ({**good, 'transformer.h.0.mlp.c_fc.weight': torch.ones(64, 16)},  # not transposed
-             r'c_fc.weight is \(16, 64\): expected \(64, 16\)')):
-        save_file(tensors, path)
-        assert re.search(said, one_line(GPT.from_pretrained, folder))
+    whole, tensors = path.read_bytes(), load_file(path)
+    tensors['transformer.h.0.mlp.c_fc.weight'] = torch.ones(64, 16)  # not transposed
+    save_file(tensors, path)
+    assert 'c_fc.weight is (16, 64): expected (64, 16)' in refused(folder)
     for n in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:n])
-        assert str(path) in one_line(GPT.from_pretrained, folder)
+        assert str(path) in refused(folder)
     path.unlink()
-    assert str(path) in one_line(GPT.from_pretrained, folder)
+    assert str(path) in refused(folder)
     for text in ('', '{"model_type": ', '[1, 2]', '\xff', '{"some": "thing"}'):
         (folder / 'config.json').write_text(text, encoding='latin1')
-        assert 'config.json: ' in one_line(GPT.from_pretrained, folder)
+        assert 'config.json: ' in refused(folder)
 
 
 def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(folder):
     weights, expected = folder / 'model.safetensors', GPT.from_pretrained(folder)
     torch.save(load_file(weights), folder / 'pytorch_model.bin')
     weights.unlink()
-    message = one_line(GPT.from_pretrained, folder)
+    message = refused(folder)
     assert 'can run code' in message
     exec(re.search(r'python -c "(.*)"', message)[1])
-    for a, b in zip(GPT.from_pretrained(folder).parameters(), expected.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert same_weights(GPT.from_pretrained(folder), expected)
 
-
-# The hub is played by a function: nothing here goes out.
 
 def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
+    """The hub is played by a function: nothing here goes out."""
     import huggingface_hub
     asked = []
-
-    def hf_hub_download(repo_id, filename):
-        asked.append((repo_id, filename))
-        return str(folder / filename)
-
-    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download',
+                        lambda *names: asked.append(names) or str(folder / names[1]))
     monkeypatch.chdir(tmp_path)
-    expected = GPT.from_pretrained(folder).transformer.h[1].mlp.c_fc.weight
+    expected = GPT.from_pretrained(folder, block_size=8)
     for name in MODELS:
         (tmp_path / name).mkdir()  # a folder of that name without a config.json is not meant
-        gpt = GPT.from_pretrained(name, block_size=8)
-        assert gpt.config.block_size == 8
-        assert torch.equal(gpt.transformer.h[1].mlp.c_fc.weight, expected)
+        assert same_weights(GPT.from_pretrained(name, block_size=8), expected)
     assert asked == [(f'openai-community/{name}', file) for name in MODELS
                      for file in ('config.json', 'model.safetensors')]
-    shutil.copytree(folder, 'gpt2', dirs_exist_ok=True)  # a folder that has one needs no hub
-    GPT.from_pretrained('gpt2')
+    shutil.copytree(folder, 'gpt2', dirs_exist_ok=True)
     for name in ('gpt3', str(tmp_path / 'nothing')):
-        message = one_line(GPT.from_pretrained, name)
+        message = refused(name)
         assert name in message and all(known in message for known in MODELS)
-    assert len(asked) == 8
     # Out of reach: anything but a name and two files is an error of its own kind.
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo_id: None)
-    message = one_line(GPT.from_pretrained, 'gpt2-xl')
+    assert same_weights(GPT.from_pretrained('gpt2', block_size=8), expected)  # there is a folder
+    message = refused('gpt2-xl')
     assert 'gpt2-xl: could not be downloaded (TypeError)' in message and 'HF_ENDPOINT' in message
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ModuleNotFoundError):  # which configurator.py turns into one line
+        GPT.from_pretrained('gpt2-xl')
 
 
-@pytest.mark.parametrize(('package', 'name'), [
-    ('huggingface_hub', 'gpt2'), ('safetensors', 'anything')])
-def test_a_missing_package_is_named(package, name, monkeypatch):
-    """configurator.py turns this error into one line that says what to install."""
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        GPT.from_pretrained(name)
-    assert caught.value.name == package
-
-
-MEMORY = """
-import re, sys
-import safetensors, torch
-from model import GPT
-
-def peak():  # of this program: ru_maxrss would count the parent's memory at the fork
-    return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024
-
-torch.set_num_threads(1)
-torch.randn(1000, 1000) @ torch.randn(1000, 1000)  # what the libraries themselves take
-base = peak()
-n_params = GPT.from_pretrained(sys.argv[1]).num_params()
-print((peak() - base) / (4 * n_params))
-"""
+def peak():
+    """This process's so far, or since its fork: ru_maxrss would count the parent's."""
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) * 1024
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
-@pytest.mark.parametrize('shards', ['1GB', pytest.param('100MB', marks=pytest.mark.long)])
-def test_loading_takes_less_than_one_and_a_half_times_the_weights(shards, tmp_path):
-    transformers_gpt2(vocab_size=20000, n_layer=8, n_head=8, n_embd=768).save_pretrained(
-        tmp_path, max_shard_size=shards)  # 291 MB
-    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True, check=True, timeout=120)
-    assert 0.95 < float(done.stdout) < 1.5, done.stdout
+def test_loading_takes_less_than_one_and_a_half_times_the_weights(tmp_path):
+    random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path)  # 175 MB
+
+    def work():
+        base = peak()
+        n_params = GPT.from_pretrained(tmp_path).num_params()
+        os._exit(int(100 * (peak() - base) / (4 * n_params)))
+
+    assert 50 < exit_code_of(work) < 150  # percent; memory that the tests have freed counts less
 
 
 # ------------------------------------------------------------------------------- weights out
@@ -267,14 +226,11 @@ def test_what_is_saved_comes_back(tmp_path):
     folders[1].mkdir()
     gpt.save_pretrained(folders[0])
     again = GPT.from_pretrained(folders[0])
-    assert again.config == gpt.config
-    for (name, a), b in zip(gpt.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert again.config == gpt.config and same_weights(again, gpt)
     again.save_pretrained(folders[1])
     assert contents(folders[0]) == contents(folders[1])
     modes = {path.stat().st_mode & 0o777 for folder in folders for path in folder.iterdir()}
     assert len(modes) == 1  # safetensors' own would be for the owner alone
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['empty', 'new']
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -289,29 +245,20 @@ def test_transformers_reads_what_is_saved_with_zeros_for_missing_biases(bias, tm
     assert set(load_file(tmp_path / 'model.safetensors')) == {
         name for name, _ in judge.named_parameters()}  # the tied head once
     assert json.loads((tmp_path / 'config.json').read_text())['n_ctx'] == 16  # for llama.cpp
-    again = GPT.from_pretrained(tmp_path).eval()
-    assert again.config.bias
-    assert bias or not any(p.any() for n, p in again.named_parameters() if n.endswith('.bias'))
-    assert torch.equal(again.generate(idx[:, :3], 20, temperature=0),
-                       gpt.generate(idx[:, :3], 20, temperature=0))
+    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx)[0], gpt(idx)[0])
 
 
 def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
-    gpt, idx = random_gpt(bias=False), torch.randint(50, (1, 16))
+    gpt = random_gpt(bias=False)
     gpt.save_pretrained(tmp_path / 'hf', dtype=torch.bfloat16, vocab_size=50)
     tensors = load_file(tmp_path / 'hf' / 'model.safetensors')
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
-    assert tensors['transformer.wte.weight'].shape == (50, 16)
+    assert torch.equal(tensors['transformer.wte.weight'], gpt.lm_head.weight[:50].bfloat16())
     judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert judge.dtype == torch.bfloat16 and judge.config.vocab_size == 50
-    cut = GPT.from_pretrained(tmp_path / 'hf').eval()
-    assert 0 < (cut(idx)[0] - gpt(idx)[0][..., :50]).abs().max() < 0.05
-    assert gpt.config.vocab_size == 61 and gpt.lm_head.weight.dtype == torch.float32  # untouched
+    judged_equal(judge.float(), tmp_path / 'hf')
     with pytest.raises(ValueError, match=r'\(61, 16\), but the format has \(62, 16\)'):
         gpt.save_pretrained(tmp_path / 'more', vocab_size=62)
-
-
-Linear = torch.nn.Linear
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -324,8 +271,6 @@ Linear = torch.nn.Linear
      r'h\.1\.mlp\.c_gate\.weight is \(64, 16\), but the format has no place for it'),
     (lambda gpt: setattr(gpt.transformer.h[1].mlp, 'c_fc', Linear(16, 43, gpt.config.bias)),
      r'h\.1\.mlp\.c_fc\.weight is \(43, 16\), but the format has \(64, 16\)'),
-    (lambda gpt: setattr(gpt.transformer.h[0].attn, 'c_attn', Linear(16, 32)),  # grouped queries
-     r'h\.0\.attn\.c_attn\.weight is \(32, 16\), but the format has \(48, 16\)'),
     (lambda gpt: setattr(gpt, 'lm_head', Linear(16, 61, bias=False)),  # not tied
      r'lm_head\.weight is \(61, 16\), but the format has no place for it')])
 def test_a_model_that_is_not_gpt2_is_not_exported(change, said, bias, tmp_path):
@@ -353,17 +298,17 @@ def save_checkpoint(path, gpt, **more):
     return gpt
 
 
-def gpt2_checkpoint(path, n_embd=16, **more):
+def gpt2_checkpoint(path, **more):
     """A tiny model with GPT-2's vocabulary, padded as for training, and no biases."""
-    gpt = random_gpt(vocab_size=50304, bias=False, block_size=32, n_embd=n_embd)
-    return save_checkpoint(path, gpt, **more)
+    return save_checkpoint(path, random_gpt(vocab_size=50304, bias=False, block_size=32), **more)
 
 
 def test_a_pipeline_needs_nothing_else(tmp_path):
-    gpt, hf = gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META), tmp_path / 'hf'
+    gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
+    hf = tmp_path / 'hf'
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={hf}')
     assert '50,257 of 50,304' in said and 'zeros' in said and 'step 7' in said
-    assert 'embeddings 50,257 to 50,303, which the tokenizer lacks, were left out' in said
+    assert '50,257 to 50,303' in said and 'were left out' in said
     assert contents(hf).keys() == {
         'config.json', 'generation_config.json', 'model.safetensors', 'vocab.json', 'merges.txt',
         'tokenizer_config.json'}
@@ -371,82 +316,62 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     [result] = write('Hello world')  # no options: past block_size it would be an IndexError
     assert result['generated_text'].startswith('Hello world')
     [greedy] = write('Hello world', do_sample=False, max_new_tokens=12)
-    for source in (f'--out_dir={tmp_path / "out"}', f'--init_from={hf}'):
-        done = run_here('sample.py', source, '--start=Hello world', '--temperature=0',
-                        '--max_new_tokens=12', '--device=cpu', '--dtype=float32')
-        assert done.out.split('\n---')[0] == greedy['generated_text']
-    ours = tokens.gpt2_encoding()
-    idx = torch.tensor([ours.encode('Hello world')])
-    ids = gpt.generate(idx, 12, temperature=0, vocab_size=50257)[0].tolist()
-    assert greedy['generated_text'] == ours.decode(ids)
+    done = run_here('sample.py', f'--init_from={hf}', '--start=Hello world', '--temperature=0',
+                    '--max_new_tokens=12', '--device=cpu', '--dtype=float32')
+    assert done.out.split('\n---')[0] == greedy['generated_text']
     assert write.model.config.vocab_size == 50257 and write.model.config.eos_token_id == 50256
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
-    texts = [*TEXTS, *(''.join(map(chr, range(n, n + 200))) for n in range(1, 9000, 999)),
-             (ROOT / 'model.py').read_text(encoding='utf-8')]
-    for text in texts:
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(hf), tokens.gpt2_encoding()
+    for text in (
+            '', "  we'll   it's CAN'T\n\n\ttabs  \r\n", 'the end<|endoftext|>the start', 'a' * 300,
+            '🙂👩\u200d👧 zero\u200bwidth \ufeff e\u0301 日本語', 'x3.14159 1234567890',
+            *(''.join(map(chr, range(n, n + 200))) for n in range(1, 9000, 999))):
         ids = ours.encode(text, allowed_special='all')
         assert tokenizer(text)['input_ids'] == ids, text[:50]
         assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == 50256
     assert len(tokenizer) == 50257 and tokenizer.model_max_length == 32
-    assert ours.encode('the end<|endoftext|>', allowed_special='all')[-1] == 50256
 
 
 def test_options_of_export(tmp_path):
-    out, idx = tmp_path / 'out', torch.randint(50257, (1, 9))
-    newest = gpt2_checkpoint(out / 'ckpt.pt')  # no meta, as nanoGPT saves it
-    best = gpt2_checkpoint(out / 'best.pt', meta=META)
-    for i, (args, gpt, size, dtype, limit) in enumerate((
-            ((), newest, 50257, torch.float32, 1e-5),
-            (('--keep_vocab=True',), newest, 50304, torch.float32, 1e-5),
-            (('--checkpoint=best.pt', '--dtype=bfloat16'), best, 50257, torch.bfloat16, 0.1))):
-        said = export(f'--out_dir={out}', f'--hf_dir={tmp_path / str(i)}', *args)
-        assert ('CTranslate2 refuses such a folder' in said) == (size > 50257)
-        judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i))
-        assert judge.dtype == dtype
-        logits = judge.float()(idx).logits
-        assert (logits - gpt(idx)[0][..., :size]).abs().max() < limit
-        assert logits.size(-1) == size
-        assert (tmp_path / str(i) / 'merges.txt').exists()
-    check_help('export.py')
+    out, hf = tmp_path / 'out', tmp_path / 'hf'
+    gpt2_checkpoint(out / 'ckpt.pt')
+    best = gpt2_checkpoint(out / 'best.pt')  # no meta, as nanoGPT saves it
+    said = export(f'--out_dir={out}', f'--hf_dir={hf}', '--checkpoint=best.pt', '--dtype=bfloat16',
+                  '--keep_vocab=True')
+    assert 'best.pt' in said and 'CTranslate2 refuses such a folder' in said
+    wte = load_file(hf / 'model.safetensors')['transformer.wte.weight']
+    assert torch.equal(wte, best.lm_head.weight.bfloat16())
+    assert (hf / 'merges.txt').exists()
 
 
-def test_character_models_export_without_a_tokenizer_and_say_so(tmp_path):
-    gpt, idx = random_gpt(bias=False), torch.randint(61, (1, 16))
+@pytest.mark.parametrize('kind', ['char', 'unknown'])
+def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, tmp_path):
     meta = {'tokenizer': 'char', 'vocab_size': 61, 'chars': ''.join(map(chr, range(32, 93)))}
-    for more, kind in (({'meta': meta}, 'char'), ({}, 'unknown')):
-        save_checkpoint(tmp_path / 'out' / 'ckpt.pt', gpt, **more)
-        said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / kind}')
-        assert 'no tokenizer' in said and f'this {kind} vocabulary' in said
-        assert contents(tmp_path / kind).keys() == {
-            'config.json', 'generation_config.json', 'model.safetensors'}
-    judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'char')
-    assert (judge(idx).logits - gpt(idx)[0]).abs().max() < 1e-5
+    save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt(),
+                    **({'meta': meta} if kind == 'char' else {}))
+    said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    assert 'no tokenizer' in said and f'this {kind} vocabulary' in said
+    assert contents(tmp_path / 'hf').keys() == {
+        'config.json', 'generation_config.json', 'model.safetensors'}
 
 
-def test_mistakes_end_in_one_line_and_lose_nothing(tmp_path, folder):
-    out, hf = f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "new"}'
-    assert 'ckpt.pt: expected a checkpoint' in export(out, hf, code=1)
-    gpt = save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt())
-    assert '--dtype=int8: expected float32 or' in export(out, hf, '--dtype=int8', code=1)
-    assert 'best.pt' in export(out, hf, '--checkpoint=best.pt', code=1)
-    assert 'did you mean' in export(out, hf, '--dtyp=float32', code=1)
-    # Somebody's model, which transformers made of an export of ours, and files of their own.
-    gpt.save_pretrained(tmp_path / 'ours')
-    tuned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours')
-    randomize(tuned, 0.5).save_pretrained(tmp_path / 'tuned')
+@pytest.mark.parametrize(('option', 'said'), [
+    ('--out_dir=nowhere', 'no nowhere/ckpt.pt: expected'), ('--checkpoint=best.pt', 'best.pt'),
+    ('--dtype=int8', '--dtype=int8: expected float32 or'), ('--dtyp=float32', 'did you mean dtype'),
+    # Somebody's model, notes and file.
+    *((f'--hf_dir={name}', f'{name} exists and is not empty: expected a new or an empty folder')
+      for name in ('ours', 'notes', 'file'))])
+def test_mistakes_end_in_one_line_and_lose_nothing(option, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt()).save_pretrained('ours')
     (tmp_path / 'notes').mkdir()
-    (tmp_path / 'notes' / '.hidden').write_text('mine')
-    (tmp_path / 'file').write_text('mine')
-    for name in ('ours', 'tuned', 'notes', 'out', 'hf', 'file'):
-        target = tmp_path / name
-        before = contents(target) if target.is_dir() else target.read_bytes()
-        said = export(out, f'--hf_dir={target}', code=1)
-        assert f'{target} exists and is not empty: expected a new or an empty folder' in said
-        assert before == (contents(target) if target.is_dir() else target.read_bytes())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        'file', 'hf', 'notes', 'ours', 'out', 'tuned']
+    for name in ('notes/.hidden', 'file'):
+        (tmp_path / name).write_text('mine')
+
+    before = contents(tmp_path)
+    assert said in export(option, code=1)
+    assert contents(tmp_path) == before
 
 
 def test_a_full_disk_is_one_line_and_no_model(tmp_path):
@@ -463,51 +388,32 @@ def test_a_full_disk_is_one_line_and_no_model(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ['out']  # nothing keeps it full
 
 
-@pytest.mark.parametrize('moments', [2, pytest.param(10, marks=pytest.mark.long)])
-def test_a_killed_export_leaves_nothing_half(moments, tmp_path):
-    gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', n_embd=256, meta=META)  # 52 MB
-    out, hf = f'--out_dir={tmp_path / "out"}', tmp_path / 'hf'
-    began = time.perf_counter()
-    export(out, f'--hf_dir={tmp_path / "whole"}')
-    seconds, whole = time.perf_counter() - began, contents(tmp_path / 'whole')
-    for i in range(moments):
-        pid = os.fork()
-        if pid == 0:
-            with contextlib.suppress(BaseException):
-                export(out, f'--hf_dir={hf}')
-            os._exit(0)
-        end = time.monotonic() + 60
-        while not [*tmp_path.glob('hf*'), *([0] if time.monotonic() > end else [])]:
-            time.sleep(0.001)  # until it has begun to write
-        time.sleep(i * 0.3 * seconds / moments)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        if hf.exists():
-            assert contents(hf) == whole
-            shutil.rmtree(hf)
-    assert [*tmp_path.glob('hf.*.tmp')]  # one at least was cut short
-    export(out, f'--hf_dir={hf}')
-    assert contents(hf) == whole
+def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, monkeypatch):
+    gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
+    options = f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}'
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'replace', lambda *args: os._exit(9))  # all is written
+        assert exit_code_of(lambda: export(*options)) == 9
+    [part] = tmp_path.glob('hf*')
+    assert part.suffix == '.tmp'
+    export(*options)
+    assert contents(tmp_path / 'hf') == contents(part)
 
 
 def test_fine_tuning_starts_from_a_folder(tmp_path):
-    gpt = gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
-    export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    gpt = random_gpt(vocab_size=50257, block_size=32)
+    gpt.save_pretrained(tmp_path / 'hf')
     for split in ('train', 'val'):  # as nanoGPT writes them
         (tmp_path / f'{split}.bin').write_bytes(b''.join(bytes([i, i % 7]) for i in range(99)))
-    options = (f'--dataset={tmp_path}', f'--init_from={tmp_path / "hf"}',
-               f'--out_dir={tmp_path / "tuned"}', '--block_size=16', '--batch_size=4',
-               '--gradient_accumulation_steps=2', '--eval_iters=2', '--device=cpu',
-               '--dtype=float32')
-    succeed([start('train.py', 'config/eval_gpt2.py', *options)])
-    assert not (tmp_path / 'tuned').exists()
-    succeed([start('train.py', 'config/finetune_shakespeare.py', *options, '--max_iters=2',
-                   '--warmup_iters=0', '--dropout=0.1')])
+    succeed([start('train.py', 'config/finetune_shakespeare.py', f'--dataset={tmp_path}',
+                   f'--init_from={tmp_path / "hf"}', f'--out_dir={tmp_path / "tuned"}',
+                   '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
+                   '--max_iters=2', '--warmup_iters=0', '--eval_iters=2', '--dropout=0.1',
+                   '--device=cpu', '--dtype=float32')])
     ckpt = load_checkpoint(tmp_path / 'tuned' / 'ckpt.pt')
     assert ckpt['iter_num'] == 2 and ckpt['meta']['tokenizer'] == 'gpt2'
-    args = ckpt['model_args']
-    assert (args['block_size'], args['dropout'], args['vocab_size']) == (16, 0.1, 50257)
-    tuned = GPT.from_checkpoint(ckpt).transformer
-    for block, before in zip(tuned.h, gpt.transformer.h):
+    assert GPTConfig(**ckpt['model_args']) == GPTConfig(
+        **{**TINY, 'vocab_size': 50257, 'dropout': 0.1})
+    for block, before in zip(GPT.from_checkpoint(ckpt).transformer.h, gpt.transformer.h):
         moved = (block.mlp.c_fc.weight - before.mlp.c_fc.weight).abs().max()
         assert 0 < moved < 1e-3  # two steps at 3e-5: from there, and not far

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import start, succeed
+from conftest import start, succeed, write_data_set
 from safetensors.torch import load_file, save_file
 from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
@@ -55,8 +55,7 @@ def contents(folder):
 
 def exit_code_of(work):
     """That of a copy of this process which does the work, 0 if it comes to its end."""
-    pid = os.fork()
-    if pid == 0:
+    if (pid := os.fork()) == 0:
         with suppress(BaseException):
             work()
             os._exit(0)
@@ -80,8 +79,7 @@ def judged_equal(gpt2, folder):
     idx = torch.randint(V, (2, T))
     with torch.no_grad():
         logits, expected = gpt(idx)[0], gpt2(idx).logits
-    error = (logits - expected).abs().max().item()
-    assert error < 1e-4 < 0.01 < expected.std(), error
+    assert (logits - expected).abs().max() < 1e-4 < 0.01 < expected.std()
     greedy = gpt2.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=8,
                            min_new_tokens=8, do_sample=False)
     assert torch.equal(gpt.generate(idx, 8, temperature=0), greedy)
@@ -168,11 +166,10 @@ def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(fold
 def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
     """The hub is played by a function: nothing here goes out."""
     import huggingface_hub
-    asked = []
+    asked, expected = [], GPT.from_pretrained(folder, block_size=8)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download',
                         lambda *names: asked.append(names) or str(folder / names[1]))
     monkeypatch.chdir(tmp_path)
-    expected = GPT.from_pretrained(folder, block_size=8)
     for name in MODELS:
         (tmp_path / name).mkdir()  # a folder of that name without a config.json is not meant
         assert same_weights(GPT.from_pretrained(name, block_size=8), expected)
@@ -289,9 +286,7 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={hf}')
     assert '50,257 of 50,304' in said and 'zeros' in said and 'step 7' in said
     assert '50,257 to 50,303' in said and 'were left out' in said
-    assert contents(hf).keys() == {
-        'config.json', 'generation_config.json', 'model.safetensors', 'vocab.json', 'merges.txt',
-        'tokenizer_config.json'}
+    assert {'vocab.json', 'merges.txt', 'tokenizer_config.json'} <= contents(hf).keys()
     write = transformers.pipeline('text-generation', model=str(hf))
     [result] = write('Hello world')  # no options: past block_size it would be an IndexError
     assert result['generated_text'].startswith('Hello world')
@@ -303,8 +298,7 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
 
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(hf), tokens.gpt2_encoding()
     for text in (
-            '', "  we'll   it's CAN'T\n\n\ttabs  \r\n", 'the end<|endoftext|>the start', 'a' * 300,
-            '🙂👩\u200d👧 zero\u200bwidth \ufeff e\u0301 日本語', 'x3.14159 1234567890',
+            '', "  we'll  CAN'T\n\n\ttabs \r\n", 'end<|endoftext|>start', '🙂👩\u200d👧 e\u0301日本語',
             *(''.join(map(chr, range(n, n + 200))) for n in range(1, 9000, 999))):
         ids = ours.encode(text, allowed_special='all')
         assert tokenizer(text)['input_ids'] == ids, text[:50]
@@ -327,9 +321,8 @@ def test_options_of_export(tmp_path):
 
 @pytest.mark.parametrize('kind', ['char', 'unknown'])
 def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, tmp_path):
-    meta = {'tokenizer': 'char', 'vocab_size': 61, 'chars': ''.join(map(chr, range(32, 93)))}
-    save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt(),
-                    **({'meta': meta} if kind == 'char' else {}))
+    more = {'meta': {'tokenizer': 'char', 'vocab_size': 61}} if kind == 'char' else {}
+    save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt(), **more)
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
     assert 'no tokenizer' in said and f'this {kind} vocabulary' in said
     assert contents(tmp_path / 'hf').keys() == {
@@ -374,8 +367,7 @@ def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'replace', lambda *args: os._exit(9))  # all is written
         assert exit_code_of(lambda: export(*options)) == 9
-    [part] = tmp_path.glob('hf*')
-    assert part.suffix == '.tmp'
+    [part] = tmp_path.glob('hf.*.tmp')
     export(*options)
     assert contents(tmp_path / 'hf') == contents(part)
 
@@ -383,9 +375,8 @@ def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, mon
 def test_fine_tuning_starts_from_a_folder(tmp_path):
     gpt = random_gpt(vocab_size=50257, block_size=32)
     gpt.save_pretrained(tmp_path / 'hf')
-    for split in ('train', 'val'):  # as nanoGPT writes them
-        (tmp_path / f'{split}.bin').write_bytes(b''.join(bytes([i, i % 7]) for i in range(99)))
-    succeed([start('train.py', 'config/finetune_shakespeare.py', f'--dataset={tmp_path}',
+    data = write_data_set(tmp_path / 'data', meta=False)  # as nanoGPT writes it
+    succeed([start('train.py', 'config/finetune_shakespeare.py', f'--dataset={data}',
                    f'--init_from={tmp_path / "hf"}', f'--out_dir={tmp_path / "tuned"}',
                    '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
                    '--max_iters=2', '--warmup_iters=0', '--eval_iters=2', '--dropout=0.1',

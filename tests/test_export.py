@@ -333,9 +333,8 @@ def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, tmp_
 @pytest.mark.parametrize(('option', 'said'), [
     ('--out_dir=nowhere', 'no nowhere/ckpt.pt: expected'), ('--checkpoint=best.pt', 'best.pt'),
     ('--dtype=int8', '--dtype=int8: expected float32 or'), ('--dtyp=float32', 'did you mean dtype'),
-    # Somebody's model, notes and file.
     *((f'--hf_dir={name}', f'{name} exists and is not empty: expected a new or an empty folder')
-      for name in ('ours', 'notes', 'file'))])
+      for name in ('ours', 'notes', 'file'))])  # somebody's model, notes and file
 def test_mistakes_end_in_one_line_and_lose_nothing(option, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt()).save_pretrained('ours')

@@ -1,15 +1,15 @@
 """Weights in and out, transformers being the judge: from_pretrained, save_pretrained, export.py."""
-import contextlib
 import json
 import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import start, succeed
+from conftest import start, succeed, write_data_set
 from safetensors.torch import load_file, save_file
 from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
@@ -55,9 +55,8 @@ def contents(folder):
 
 def exit_code_of(work):
     """That of a copy of this process which does the work, 0 if it comes to its end."""
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
+    if (pid := os.fork()) == 0:
+        with suppress(BaseException):
             work()
             os._exit(0)
         os._exit(1)
@@ -80,8 +79,7 @@ def judged_equal(gpt2, folder):
     idx = torch.randint(V, (2, T))
     with torch.no_grad():
         logits, expected = gpt(idx)[0], gpt2(idx).logits
-    error = (logits - expected).abs().max().item()
-    assert error < 1e-4 < 0.01 < expected.std(), error
+    assert (logits - expected).abs().max() < 1e-4 < 0.01 < expected.std()
     greedy = gpt2.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=8,
                            min_new_tokens=8, do_sample=False)
     assert torch.equal(gpt.generate(idx, 8, temperature=0), greedy)
@@ -89,31 +87,21 @@ def judged_equal(gpt2, folder):
     return gpt
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('shape', [  # n_layer, n_head, n_embd
-    (12, 12, 768), (24, 16, 1024), (3, 20, 1280), (3, 25, 1600)])
-def test_transformers_models_of_all_four_sizes_are_the_same_here(shape, tmp_path):
-    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), shape))
-    gpt2 = transformers_gpt2(std=0.02, **shape)
-    gpt2.save_pretrained(tmp_path, max_shard_size='300MB')
-    assert judged_equal(gpt2, tmp_path).config == GPTConfig(**shape)
-
-
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
-def test_files_of_any_precision_and_in_shards_become_float32_weights(dtype, tmp_path):
-    gpt2 = transformers_gpt2(**TINY, std=0.3).to(getattr(torch, dtype))
-    gpt2.save_pretrained(tmp_path, max_shard_size='8KB' if dtype == 'float32' else '1GB')
-    judged_equal(gpt2.float(), tmp_path)
-    if dtype == 'float32':
-        assert not (tmp_path / 'model.safetensors').exists()
-        next(tmp_path.glob('model-00002*')).unlink()
-        assert 'model-00002' in refused(tmp_path)
+@pytest.mark.parametrize(('shape', 'dtype', 'shard'), [
+    (TINY, 'bfloat16', '1GB'), (TINY, 'float16', '1GB'), (TINY, 'float32', '8KB'),
+    *(pytest.param({'n_layer': L, 'n_head': nh, 'n_embd': C}, 'float32', '300MB',
+                   marks=pytest.mark.long)
+      for L, nh, C in ((12, 12, 768), (24, 16, 1024), (3, 20, 1280), (3, 25, 1600)))])
+def test_transformers_models_of_any_size_precision_and_shards_are_the_same_here(
+        shape, dtype, shard, tmp_path):
+    gpt2 = transformers_gpt2(std=0.3 if shape is TINY else 0.02, **shape).to(getattr(torch, dtype))
+    gpt2.save_pretrained(tmp_path, max_shard_size=shard)
+    assert judged_equal(gpt2.float(), tmp_path).config == GPTConfig(**shape)
 
 
 def test_old_and_new_names_of_tensors_are_read(folder):
     """OpenAI's own files have no prefix, no head, and the causal masks as tensors."""
     new, tensors = GPT.from_pretrained(folder), load_file(folder / 'model.safetensors')
-    assert all(name.startswith('transformer.') for name in tensors)
     old = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
     old |= {'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.1.attn.masked_bias': torch.tensor(-1e4)}
     headed = {**tensors, 'lm_head.weight': tensors['transformer.wte.weight'].clone()}
@@ -131,11 +119,9 @@ def test_the_block_may_shrink_and_not_grow(folder):
 
 
 @pytest.mark.parametrize(('changes', 'said'), [
-    ({'model_type': 'llama'}, "model_type='llama'"),
-    ({'activation_function': 'relu'}, "activation_function='relu'"),
-    ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx=True'),
-    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon=1e-06'),
-    ({'tie_word_embeddings': False}, 'tie_word_embeddings=False'),
+    *(({name: value}, f'{name}={value!r}') for name, value in (
+        ('model_type', 'llama'), ('activation_function', 'relu'), ('layer_norm_epsilon', 1e-6),
+        ('scale_attn_by_inverse_layer_idx', True), ('tie_word_embeddings', False))),
     ({'n_layer': None}, 'n_layer'), ({'n_head': 0}, 'n_head'),
     ({'n_layer': 1}, r'h\.1\.\S+ is \S+ expected no such tensor'),
     ({'n_layer': 3}, r'h\.2\.\S+ is missing'),
@@ -149,6 +135,9 @@ def test_another_architecture_is_refused_by_name(folder, changes, said):
 
 
 def test_wrong_and_damaged_files_are_named(folder):
+    transformers_gpt2(**TINY).save_pretrained(folder / 'shards', max_shard_size='8KB')
+    next(folder.glob('shards/model-00002*')).unlink()
+    assert 'model-00002' in refused(folder / 'shards')
     path = folder / 'model.safetensors'
     whole, tensors = path.read_bytes(), load_file(path)
     tensors['transformer.h.0.mlp.c_fc.weight'] = torch.ones(64, 16)  # not transposed
@@ -177,20 +166,17 @@ def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(fold
 def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
     """The hub is played by a function: nothing here goes out."""
     import huggingface_hub
-    asked = []
+    asked, expected = [], GPT.from_pretrained(folder, block_size=8)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download',
                         lambda *names: asked.append(names) or str(folder / names[1]))
     monkeypatch.chdir(tmp_path)
-    expected = GPT.from_pretrained(folder, block_size=8)
     for name in MODELS:
         (tmp_path / name).mkdir()  # a folder of that name without a config.json is not meant
         assert same_weights(GPT.from_pretrained(name, block_size=8), expected)
     assert asked == [(f'openai-community/{name}', file) for name in MODELS
                      for file in ('config.json', 'model.safetensors')]
     shutil.copytree(folder, 'gpt2', dirs_exist_ok=True)
-    for name in ('gpt3', str(tmp_path / 'nothing')):
-        message = refused(name)
-        assert name in message and all(known in message for known in MODELS)
+    assert f'gpt3: expected {", ".join(MODELS)}' in refused('gpt3')
     # Out of reach: anything but a name and two files is an error of its own kind.
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo_id: None)
     assert same_weights(GPT.from_pretrained('gpt2', block_size=8), expected)  # there is a folder
@@ -201,51 +187,42 @@ def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
         GPT.from_pretrained('gpt2-xl')
 
 
-def peak():
-    """This process's so far, or since its fork: ru_maxrss would count the parent's."""
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) * 1024
-
-
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
 def test_loading_takes_less_than_one_and_a_half_times_the_weights(tmp_path):
     random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path)  # 175 MB
 
+    def peak():  # bytes, since the fork: ru_maxrss would count the parent's
+        return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+
     def work():
         base = peak()
         n_params = GPT.from_pretrained(tmp_path).num_params()
-        os._exit(int(100 * (peak() - base) / (4 * n_params)))
+        os._exit(min(255, 100 * (peak() - base) // (4 * n_params)))
 
     assert 50 < exit_code_of(work) < 150  # percent; memory that the tests have freed counts less
 
 
 # ------------------------------------------------------------------------------- weights out
 
-def test_what_is_saved_comes_back(tmp_path):
-    gpt, folders = random_gpt(), (tmp_path / 'new' / 'folder', tmp_path / 'empty')
-    folders[1].mkdir()
-    gpt.save_pretrained(folders[0])
-    again = GPT.from_pretrained(folders[0])
-    assert again.config == gpt.config and same_weights(again, gpt)
-    again.save_pretrained(folders[1])
-    assert contents(folders[0]) == contents(folders[1])
-    modes = {path.stat().st_mode & 0o777 for folder in folders for path in folder.iterdir()}
-    assert len(modes) == 1  # safetensors' own would be for the owner alone
-
-
 @pytest.mark.parametrize('bias', [True, False])
-def test_transformers_reads_what_is_saved_with_zeros_for_missing_biases(bias, tmp_path):
+def test_what_is_saved_is_gpt2_to_transformers_and_comes_back(bias, tmp_path):
     gpt, idx = random_gpt(bias=bias), torch.randint(61, (2, 16))
-    gpt.save_pretrained(tmp_path)
-    judge, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True)
+    new, empty = tmp_path / 'new' / 'folder', tmp_path / 'empty'
+    gpt.save_pretrained(new)
+    judge, report = transformers.AutoModelForCausalLM.from_pretrained(new, output_loading_info=True)
     assert not any(report.values()), report  # nothing missing, unexpected or misshapen
     assert (judge(idx).logits - gpt(idx)[0]).abs().max() < 1e-5
     assert judge.config.eos_token_id is None  # 61 ids: no <|endoftext|> among them
-    assert set(load_file(tmp_path / 'model.safetensors')) == {
+    assert set(load_file(new / 'model.safetensors')) == {
         name for name, _ in judge.named_parameters()}  # the tied head once
-    assert json.loads((tmp_path / 'config.json').read_text())['n_ctx'] == 16  # for llama.cpp
-    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx)[0], gpt(idx)[0])
+    assert json.loads((new / 'config.json').read_text())['n_ctx'] == 16  # for llama.cpp
+    again = GPT.from_pretrained(new).eval()
+    assert torch.equal(again(idx)[0], gpt(idx)[0])  # biases that it lacked are zeros
+    empty.mkdir()
+    again.save_pretrained(empty)
+    assert contents(empty) == contents(new)
+    modes = {path.stat().st_mode & 0o777 for path in (*new.iterdir(), *empty.iterdir())}
+    assert len(modes) == 1  # safetensors' own would be for the owner alone
 
 
 def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
@@ -287,8 +264,9 @@ def export(*args, code=0):
     """What export.py prints; with code=1 the one line that it ends with."""
     done = run_here('export.py', *args)
     assert done.code == code, done
-    assert code == 0 or re.fullmatch('export.py: [^\n]*\n', done.err), done.err
-    return done.out if code == 0 else done.err
+    line = re.sub('^GPT-2 tokenizer: .*\n', '', done.err)
+    assert code == 0 or re.fullmatch('export.py: [^\n]*\n', line), done.err
+    return line if code else done.out
 
 
 def save_checkpoint(path, gpt, **more):
@@ -309,9 +287,7 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={hf}')
     assert '50,257 of 50,304' in said and 'zeros' in said and 'step 7' in said
     assert '50,257 to 50,303' in said and 'were left out' in said
-    assert contents(hf).keys() == {
-        'config.json', 'generation_config.json', 'model.safetensors', 'vocab.json', 'merges.txt',
-        'tokenizer_config.json'}
+    assert {'vocab.json', 'merges.txt', 'tokenizer_config.json'} <= contents(hf).keys()
     write = transformers.pipeline('text-generation', model=str(hf))
     [result] = write('Hello world')  # no options: past block_size it would be an IndexError
     assert result['generated_text'].startswith('Hello world')
@@ -323,8 +299,7 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
 
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(hf), tokens.gpt2_encoding()
     for text in (
-            '', "  we'll   it's CAN'T\n\n\ttabs  \r\n", 'the end<|endoftext|>the start', 'a' * 300,
-            '🙂👩\u200d👧 zero\u200bwidth \ufeff e\u0301 日本語', 'x3.14159 1234567890',
+            '', "  we'll  CAN'T\n\n\ttabs \r\n", 'end<|endoftext|>start', '🙂👩\u200d👧 e\u0301日',
             *(''.join(map(chr, range(n, n + 200))) for n in range(1, 9000, 999))):
         ids = ours.encode(text, allowed_special='all')
         assert tokenizer(text)['input_ids'] == ids, text[:50]
@@ -347,9 +322,8 @@ def test_options_of_export(tmp_path):
 
 @pytest.mark.parametrize('kind', ['char', 'unknown'])
 def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, tmp_path):
-    meta = {'tokenizer': 'char', 'vocab_size': 61, 'chars': ''.join(map(chr, range(32, 93)))}
-    save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt(),
-                    **({'meta': meta} if kind == 'char' else {}))
+    more = {'meta': {'tokenizer': 'char', 'vocab_size': 61}} if kind == 'char' else {}
+    save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt(), **more)
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
     assert 'no tokenizer' in said and f'this {kind} vocabulary' in said
     assert contents(tmp_path / 'hf').keys() == {
@@ -359,9 +333,8 @@ def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, tmp_
 @pytest.mark.parametrize(('option', 'said'), [
     ('--out_dir=nowhere', 'no nowhere/ckpt.pt: expected'), ('--checkpoint=best.pt', 'best.pt'),
     ('--dtype=int8', '--dtype=int8: expected float32 or'), ('--dtyp=float32', 'did you mean dtype'),
-    # Somebody's model, notes and file.
     *((f'--hf_dir={name}', f'{name} exists and is not empty: expected a new or an empty folder')
-      for name in ('ours', 'notes', 'file'))])
+      for name in ('ours', 'notes', 'file'))])  # somebody's model, notes and file
 def test_mistakes_end_in_one_line_and_lose_nothing(option, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt()).save_pretrained('ours')
@@ -394,8 +367,7 @@ def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'replace', lambda *args: os._exit(9))  # all is written
         assert exit_code_of(lambda: export(*options)) == 9
-    [part] = tmp_path.glob('hf*')
-    assert part.suffix == '.tmp'
+    [part] = tmp_path.glob('hf.*.tmp')
     export(*options)
     assert contents(tmp_path / 'hf') == contents(part)
 
@@ -403,9 +375,8 @@ def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, mon
 def test_fine_tuning_starts_from_a_folder(tmp_path):
     gpt = random_gpt(vocab_size=50257, block_size=32)
     gpt.save_pretrained(tmp_path / 'hf')
-    for split in ('train', 'val'):  # as nanoGPT writes them
-        (tmp_path / f'{split}.bin').write_bytes(b''.join(bytes([i, i % 7]) for i in range(99)))
-    succeed([start('train.py', 'config/finetune_shakespeare.py', f'--dataset={tmp_path}',
+    data = write_data_set(tmp_path / 'data', meta=False)  # as nanoGPT writes it
+    succeed([start('train.py', 'config/finetune_shakespeare.py', f'--dataset={data}',
                    f'--init_from={tmp_path / "hf"}', f'--out_dir={tmp_path / "tuned"}',
                    '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
                    '--max_iters=2', '--warmup_iters=0', '--eval_iters=2', '--dropout=0.1',

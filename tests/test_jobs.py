@@ -9,7 +9,6 @@ import runpy
 import signal
 import textwrap
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -26,6 +25,7 @@ from checkpoint import load_checkpoint
 
 PLAIN = ['job.yaml', 'job_rdma.yaml', 'job_torch1.yaml', 'job_test.yaml']
 MANIFESTS = [*PLAIN, 'job_torchrun.yaml']
+QUEUE = {'t9kScheduler': {'queue': 'default', 'priority': 50}}
 # A run with dropout, an evaluation every 10 steps and a checkpoint every 5. 1 to 4 processes can
 # share the 12 sequences of a step; the 7 batches of an evaluation never divide evenly.
 STEPS = 30
@@ -44,49 +44,42 @@ def long(*cases):
 
 # ------------------------------------------------------------------- what the manifests say
 
-@pytest.mark.parametrize('name', MANIFESTS)
-def test_every_manifest_is_valid_in_both_dialects(name, tmp_path):
+@pytest.mark.parametrize('name', PLAIN)
+def test_a_plain_manifest_is_valid_in_both_dialects_also_in_a_queue(name, tmp_path):
     text = (ROOT / name).read_text()
-    assert 'scheduler:' in text
-    (tmp_path / name).write_text(  # the plain jobs' scheduler is a comment, to be taken in
-        re.sub(r'^( +)# ( *(scheduler|t9kScheduler|queue|priority):)', r'\1\2', text, flags=re.M))
+    (tmp_path / name).write_text(re.sub('^  # ', '  ', text, flags=re.MULTILINE))
     for dialect in SCHEMAS:
-        manifest(name, dialect)
-        scheduler = manifest(tmp_path / name, dialect)['spec']['scheduler']
-        assert scheduler == {'t9kScheduler': {'queue': 'default', 'priority': 50}}
+        assert 'scheduler' not in manifest(name, dialect)['spec']
+        assert manifest(tmp_path / name, dialect)['spec']['scheduler'] == QUEUE
 
 
 def test_the_torchrun_manifest_is_elastic_in_both_dialects_but_not_of_both(monkeypatch):
     old, new = (manifest('job_torchrun.yaml', dialect)['spec'] for dialect in SCHEMAS)
-    assert old['torchrunConfig']['procPerNode'] == new['torchrunConfig']['procPerNode'] == '8'
-    assert old['torchrunConfig']['minNodes'] == 1 and old['replicaSpecs'][0]['replicas'] == 2
-    assert old['torchrunConfig']['enable'] and new['torchrunConfig']['enabled']
-    assert new['elastic'] == {'enabled': True, 'minReplicas': 1, 'maxReplicas': 2,
-                              'expectedReplicas': 2}
+    assert old['scheduler'] == new['scheduler'] == QUEUE
+    assert old['torchrunConfig']['enable'] and old['torchrunConfig']['minNodes'] == 1
+    assert new['torchrunConfig']['enabled'] and new['elastic'] == {
+        'enabled': True, 'minReplicas': 1, 'maxReplicas': 2, 'expectedReplicas': 2}
     monkeypatch.setitem(SCHEMAS, '2023-10', SCHEMAS['2023-12'])
     with pytest.raises(jsonschema.ValidationError, match="'enable', 'minNodes'"):
         manifest('job_torchrun.yaml')
 
 
-def test_all_jobs_can_exist_side_by_side():
-    assert len({manifest(name)['metadata']['name'] for name in MANIFESTS}) == len(MANIFESTS)
-
-
 @pytest.mark.parametrize('name', MANIFESTS)
-def test_a_manifest_names_files_options_and_folders_that_exist(name):
+def test_a_manifest_has_its_own_name_and_names_files_options_and_folders_that_exist(name):
     job, container = manifest(name), container_of(manifest(name))
+    names = [manifest(other)['metadata']['name'] for other in MANIFESTS]
+    assert names.count(job['metadata']['name']) == 1
     script, config, *options = container.get('args') or container['command'][1:]
-    assert (ROOT / script).is_file()
     values = runpy.run_path(str(ROOT / config))
     assert values['init_from'] == 'auto'
     for option in options:
         key, _, values[key] = option.removeprefix('--').partition('=')
         assert key in [known for known, _, _ in options_in(script)]
-    volumes = job['spec']['replicaSpecs'][0]['template']['spec']['volumes']
-    claim = volumes[0]['persistentVolumeClaim']['claimName']
+    volume, *_ = job['spec']['replicaSpecs'][0]['template']['spec']['volumes']
+    claim = volume['persistentVolumeClaim']['claimName']
     assert claim == ('nanogpt-test' if name == 'job_test.yaml' else 'nanogpt')
     assert container['workingDir'] == '/t9k/mnt/examples/nanoGPT/'
-    assert container['volumeMounts'][0] == {'name': volumes[0]['name'], 'mountPath': '/t9k/mnt'}
+    assert container['volumeMounts'][0] == {'name': volume['name'], 'mountPath': '/t9k/mnt'}
     assert job['spec']['tensorboardSpec']['trainingLogFilesets'] == [
         f't9k://pvc/{claim}/examples/nanoGPT/{values["out_dir"]}/tb']
 
@@ -110,6 +103,7 @@ def test_a_manifest_asks_for_what_its_processes_need(name):
     kept = env.get('TORCHINDUCTOR_CACHE_DIR', '')  # PyTorch 1 compiles nothing
     assert kept.startswith('/t9k/mnt/') == (name != 'job_torch1.yaml')
     if name == 'job_torchrun.yaml':
+        assert spec['torchrunConfig']['procPerNode'] == '8' and replica['replicas'] == 2
         assert env['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] == '110'
         assert env['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] == '1'
         assert {'name': 'shm', 'mountPath': '/dev/shm'} in container['volumeMounts']
@@ -132,12 +126,28 @@ def job_of(folder, data_set, *options, name='job.yaml', dialect='2023-10', job=N
     return Job(job or manifest(name, dialect), folder, options, **more)
 
 
-def patched(folder, code, job=None):
-    """The job (job.yaml) with processes that run `code` before train.py."""
-    (folder / 'sitecustomize.py').write_text(
-        'import os, sys\nif "train.py" in map(os.path.basename, sys.orig_argv[1:3]):\n'
-        + textwrap.indent(textwrap.dedent(code), '    '))
-    job = job or manifest('job.yaml')
+PATCH = """
+import os, sys, time
+if 'train.py' in map(os.path.basename, sys.orig_argv[1:3]):
+    import torch.distributed as dist
+    import distributed
+    module = dist if hasattr(dist, '{0}') else distributed
+    function = getattr(module, '{0}')
+
+    def wrapper(*args, **kwargs):
+{1}
+        result = function(*args, **kwargs)
+{2}
+        return result
+
+    setattr(module, '{0}', wrapper)
+"""
+
+
+def patched(job, folder, name, before='', after=''):
+    """The job with code around that function of distributed.py or torch.distributed."""
+    around = [textwrap.indent(textwrap.dedent(code), ' ' * 8) for code in (before, after)]
+    (folder / 'sitecustomize.py').write_text(PATCH.format(name, *around))
     container_of(job)['env'].append({'name': 'PYTHONPATH', 'value': f'{folder}:{ROOT}'})
     return job
 
@@ -172,21 +182,19 @@ def starts(job):
 
 # job.yaml trains in `undisturbed`, job_torchrun.yaml in the test of elasticity; the other three
 # differ from job.yaml in their image, config and NCCL's variables.
-@pytest.mark.parametrize(('name', 'dialect'), long(
-    *product(MANIFESTS, ['2023-10']), ('job_torchrun.yaml', '2023-12')))
-def test_every_manifest_trains_and_its_model_speaks(name, dialect, data_set, tmp_path):
+@pytest.mark.long
+@pytest.mark.parametrize(('name', 'dialect'), [
+    *product(MANIFESTS, ['2023-10']), ('job_torchrun.yaml', '2023-12')])
+def test_every_manifest_trains(name, dialect, data_set, tmp_path):
     with job_of(tmp_path, data_set, '--max_iters=5', name=name, dialect=dialect) as job:
-        assert job.run() == 'Succeeded', job.logs()
-        assert job.restarts == 0
+        assert job.run() == 'Succeeded' and job.restarts == 0, job.logs()
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] == 5
-    said = run_here('sample.py', f'--out_dir={tmp_path}/out', '--max_new_tokens=40', '--device=cpu')
-    assert said.code == 0 and len(said.out) > 40, said.err
 
 
 def test_only_the_first_rank_tells_the_run_and_tells_it_once(undisturbed):
     assert (undisturbed() / '1.log').read_text() == ''
     lines = (undisturbed() / '0.log').read_text().splitlines()
-    assert [line for line, n in Counter(lines).items() if n > 1] == []
+    assert len(lines) == len(set(lines)), lines
     assert [e['iter'] for e in steps_of(undisturbed() / 'out')] == list(range(1, STEPS + 1))
 
 
@@ -222,17 +230,17 @@ PHASES = 'start', 'step', 'evaluation', 'checkpoint'
 
 def moment(phase, rng, folder):
     """A condition that becomes true at a random moment of that phase of a run, soon."""
-    end, step = time.monotonic() + rng.uniform(0, 2.5), rng.randint(1, STEPS // 2)
+    start, step = time.monotonic() + rng.uniform(0, 2.5), rng.randint(1, STEPS // 2)
     step += max(0, last_entry(folder)['iter'])
     eval_step = (step + 9) // 10 * 10
-    return {
-        'start': lambda: time.monotonic() > end,
-        'step': lambda: last_entry(folder)['iter'] >= step,
-        'evaluation': lambda: last_entry(folder)['iter'] >= eval_step
-                              and 'loss' in last_entry(folder),
-        'checkpoint': lambda: (folder / 'out/ckpt.pt.tmp').exists()
-                              and last_entry(folder)['iter'] >= step,
-    }[phase]
+
+    def has_come():
+        last = last_entry(folder)
+        return {'start': time.monotonic() > start,
+                'step': last['iter'] >= step,
+                'evaluation': last['iter'] >= eval_step and 'loss' in last,
+                'checkpoint': last['iter'] >= step and (folder / 'out/ckpt.pt.tmp').exists()}[phase]
+    return has_come
 
 
 @pytest.mark.parametrize(('replicas', 'losses', 'seed'), [
@@ -258,53 +266,27 @@ def test_workers_lost_at_any_moment_are_made_good(replicas, losses, seed, tmp_pa
     check_same_run(tmp_path, undisturbed(replicas))
 
 
-DEADLY = """
-    import torch.distributed as dist
-    import distributed
-    module = dist if hasattr(dist, {name!r}) else distributed
-    function, victims, died = getattr(module, {name!r}), {victims}, open({died!r}, 'a')
-
-    def deadly(*args, **kwargs):
-        turn = os.path.getsize({died!r})
-        result = function(*args, **kwargs)
-        if turn < len(victims) and os.environ['RANK'] == str(victims[turn]):
-            print('x', end='', file=died, flush=True)
-            os.kill(os.getpid(), 9)
-        return result
-
-    setattr(module, {name!r}, deadly)
-"""
 JOINING = 'call_the_roll', 'TCPStore', 'init_process_group', 'all_reduce'
 
 
 @pytest.mark.parametrize(('function', 'victims', 'size'), [
-    ('call_the_roll', (0, 1), 2),
-    *long(*product(JOINING[1:], [(0, 1)], [2]), *product(JOINING, [(2,)], [4]))])
+    ('call_the_roll', '01', 2),
+    *long(*product(JOINING[1:], ['01'], [2]), *product(JOINING, ['2'], [4]))])
 def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, tmp_path, data_set):
     """One after the other is killed when that function returns; of four, another at once."""
-    died = tmp_path / 'died'
-    job = patched(tmp_path, DEADLY.format(died=str(died), name=function, victims=victims))
+    (died := tmp_path / 'died').touch()
+    before, after = f"turn = os.path.getsize('{died}')", f"""
+        if os.environ['RANK'] == '{victims}'[turn:turn + 1]:
+            os.truncate('{died}', turn + 1)
+            os.kill(os.getpid(), 9)"""
+    job = patched(manifest('job.yaml'), tmp_path, function, before, after)
     with job_of(tmp_path, data_set, '--max_iters=4', job=job, replicas=size) as job:
-        job.run(lambda: died.exists() and died.read_text())
+        job.run(died.read_text)
         if size == 4:
             job.kill(1)
         assert job.run() == 'Succeeded', job.logs()
-        assert {(victim, 137) for victim in victims} <= set(job.ends)
+        assert {(int(victim), 137) for victim in victims} <= set(job.ends)
     assert [e['iter'] for e in steps_of(tmp_path / 'out')] == [1, 2, 3, 4]
-
-
-@pytest.mark.long
-def test_the_first_process_says_whom_it_waits_for_and_no_other_says_a_word(tmp_path, data_set):
-    with job_of(tmp_path, data_set) as job:
-        job.remove(0)
-        time.sleep(8)  # rank 1 finds nobody, and is patient
-        job.remove(1)
-        job.start(0)
-        job.run(lambda: job.log(0), limit_s=60)
-        assert job.log(0) == 'waiting for rank1 of 2 processes\n'
-        job.start(1)
-        assert job.run() == 'Succeeded', job.logs()
-        assert job.log(1) == '' and job.restarts == 0
 
 
 @pytest.mark.parametrize(('replica', 'timeout_s', 'pause_s'), [
@@ -318,9 +300,9 @@ def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
         if pause_s:  # longer than the timeout under which the processes were connected
             time.sleep(pause_s)
         else:
-            job.run(lambda: job.ends, limit_s=timeout_s + 20)
+            job.run(lambda: job.ends, limit_s=timeout_s + 15)
             assert job.ends == [(1 - replica, 138)]
-            assert timeout_s - 1 < time.monotonic() - stopped < timeout_s + 15
+            assert time.monotonic() - stopped > timeout_s - 1
         job.kill(replica, signal.SIGCONT)
         assert job.run() == 'Succeeded', job.logs()
         assert ((replica, 138) in job.ends) == (not pause_s) == (job.restarts > 0)
@@ -329,12 +311,11 @@ def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
 
 # --------------------------------------------------------------------------- preemption
 
-def preempt(job, folder, until, replicas=(0, 1)):
-    """SIGTERM at that moment, to all pods or to these: the codes of all. Rank 0 saved its step."""
+def preempt(job, folder, until, code=143, replicas=(0, 1)):
+    """SIGTERM at that moment, to all pods or to these: all end so, and rank 0 saved its step."""
     assert job.run(until, limit_s=180) == 'Running', job.logs()
-    codes = job.delete(replicas)
+    assert job.delete(replicas) == {0: code, 1: code}, job.logs()
     assert load_checkpoint(folder / 'out/ckpt.pt')['iter_num'] == last_entry(folder)['iter']
-    return codes
 
 
 @pytest.mark.parametrize(('step', 'replicas'), [  # one that is told to stop is enough
@@ -343,8 +324,7 @@ def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
         step, replicas, tmp_path, data_set, trained, undisturbed):
     """A shared disk can show a checkpoint to one node and not yet, or no longer, to another."""
     with job_of(tmp_path, data_set, others=[f'--out_dir={trained}']) as job:
-        codes = preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= step, replicas)
-        assert codes == {0: 143, 1: 143}, job.logs()
+        preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= step, replicas=replicas)
     with job_of(tmp_path, data_set, others=[f'--out_dir={tmp_path / "empty"}']) as job:
         assert job.run() == 'Succeeded', job.logs()
     check_same_run(tmp_path, undisturbed())
@@ -354,12 +334,8 @@ def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
 @pytest.mark.long
 def test_a_preempted_gpt2_saves_1_4_gb_within_the_grace_period(tmp_path):
     tokens = write_data_set(tmp_path / 'tokens', meta=False)  # without it: GPT-2's 50,257
-    with Job(manifest('job.yaml'), tmp_path, [
-            '--device=cpu', '--dtype=float32', f'--dataset={tokens}',
-            f'--out_dir={tmp_path / "out"}', '--block_size=256', '--batch_size=2',
-            '--gradient_accumulation_steps=2', '--eval_iters=1', '--log_interval=1']) as job:
-        codes = preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= 2)
-        assert codes == {0: 143, 1: 143}, job.logs()
+    with job_of(tmp_path, tokens, '--n_layer=12', '--n_head=12', '--n_embd=768') as job:
+        preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= 2)
     assert (tmp_path / 'out/ckpt.pt').stat().st_size > 1.4e9
 
 
@@ -384,34 +360,15 @@ def test_a_mistake_ends_each_attempt_in_seconds_until_the_budget_is_used_up(
     assert len(job.ends) <= len(told) <= len(job.ends) + 1
 
 
-@pytest.mark.long
-def test_a_mistake_under_torchrun_ends_when_the_budget_is_used_up(tmp_path, data_set):
-    with job_of(tmp_path, data_set, '--n_layers=3', name='job_torchrun.yaml') as job:
-        assert job.run(limit_s=300) == 'Failed', job.logs()
-        assert job.restarts == 6 and {code for _, code in job.ends} == {1}
-        assert 'did you mean n_layer?' in job.log(0) + job.log(1)
-
-
 # ------------------------------------------------------------------------------ elasticity
 
 # Its steps stop moving the weights before rounding adds up.
 ENDLESS = ('--dropout=0', '--max_iters=1000000', '--lr_decay_iters=200', '--min_lr=0')
-UNHURRIED = """
-    import time
-    import distributed
-    total = distributed.total
-
-    def unhurried(*args):
-        time.sleep(0.2)
-        return total(*args)
-
-    distributed.total = unhurried
-"""
 
 
 def shrink_and_grow(folder, data_set):
-    """A torchrun job loses its second node, gets another, is preempted: its starts and codes."""
-    job = patched(folder, UNHURRIED, manifest('job_torchrun.yaml', '2023-12'))
+    """A torchrun job loses its second node, gets another and is preempted: its starts."""
+    job = patched(manifest('job_torchrun.yaml', '2023-12'), folder, 'total', 'time.sleep(0.2)')
     with job_of(folder, data_set, *ENDLESS, job=job) as job:
         def trains_with(processes):
             n, first_step = (starts(job) or [(0, 0)])[-1]
@@ -421,9 +378,9 @@ def shrink_and_grow(folder, data_set):
         job.remove(1)
         job.run(lambda: trains_with(1), limit_s=120)
         job.start(1)
-        codes = preempt(job, folder, lambda: trains_with(2))
+        preempt(job, folder, lambda: trains_with(2), code=1)  # torchrun's own code, always
         assert job.restarts == 0, job.logs()
-        return starts(job), codes
+        return starts(job)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -438,9 +395,7 @@ def elastic(request, data_set, tmp_path_factory):
 def test_a_torchrun_job_shrinks_and_grows_without_a_trace_in_its_losses(elastic, tmp_path,
                                                                         data_set):
     folder, future = elastic
-    told, codes = future.result(timeout=450)
-    assert [processes for processes, _ in told] == [2, 1, 2]
-    assert codes == {0: 1, 1: 1}  # torchrun's own code, always
+    assert [processes for processes, _ in future.result(timeout=450)] == [2, 1, 2]
     steps = steps_of(folder / 'out')
     calm = run_here('train.py', *OPTIONS, *ENDLESS, f'--max_iters={len(steps)}',
                     f'--dataset={data_set}', f'--out_dir={tmp_path}/out')

@@ -38,7 +38,7 @@ from data import tokens
 from model import GPT, GPTConfig
 
 has_muon = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 2.9 has no Muon')
-TIMES = ('dt_ms', 'tok_per_sec', 'mfu')  # what differs from run to run in log.jsonl
+TIMES = ('dt_ms', 'tok_per_sec', 'mfu', 'eval_s')
 
 
 def contract_batch(data_set, iter_num, n, block_size=32, seed=1337):

@@ -3,6 +3,7 @@ import re
 
 import pytest
 from conftest import run
+from test_sample import run_here
 
 
 def test_a_table_has_both_sides_and_their_ratio(tmp_path):
@@ -32,6 +33,6 @@ def test_every_case_measures_gpt2(case, rows, tmp_path):
     ('--cases=step loading', '--cases=step loading: expected any of step, loader, sample, save'),
     ('--device=gpu', '--device=gpu: expected auto, cpu')])
 def test_a_mistake_gets_one_line(option, says):
-    done = run('bench.py', option)
+    done = run_here('bench.py', option)
     assert done.code == 1 and done.out == ''
     assert re.fullmatch(rf'bench\.py: {re.escape(says)}.*\n', done.err), done.err

@@ -3,11 +3,12 @@
 How processes find each other, are lost and come back, tests/test_jobs.py shows with train.py.
 """
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, free_port, start, start_ranks, succeed
+from conftest import ROOT, Script, free_port, start_ranks, succeed
 
 import distributed
 
@@ -24,11 +25,8 @@ def environ(monkeypatch):
 
 
 @pytest.mark.parametrize(('variables', 'expected'), [
-    ({}, (0, 0, 1)),
-    ({'RANK': '0', 'WORLD_SIZE': '1'}, (0, 0, 1)),
-    ({'RANK': '9', 'LOCAL_RANK': '1', 'WORLD_SIZE': '16'}, (9, 1, 16)),
-    ({'RANK': '3', 'WORLD_SIZE': '8'}, (3, 0, 8)),
-])
+    ({}, (0, 0, 1)), ({'RANK': '3', 'WORLD_SIZE': '8'}, (3, 0, 8)),
+    ({'RANK': '9', 'LOCAL_RANK': '1', 'WORLD_SIZE': '16'}, (9, 1, 16))])
 def test_the_environment_says_who_a_process_is(environ, variables, expected):
     environ(MASTER_ADDR='127.0.0.1', MASTER_PORT='29500', **variables)
     assert distributed.environment() == expected
@@ -57,36 +55,46 @@ def test_a_process_alone_joins_nobody(environ):
     assert distributed.share('mine', 'cpu') == 'mine'
 
 
+def test_the_first_process_says_whom_it_waits_for(monkeypatch, capsys):
+    store = SimpleNamespace(set=lambda *args: None, get=lambda name: b'- -')
+    half_seconds = iter(range(100))
+    monkeypatch.setattr(distributed, 'time', SimpleNamespace(
+        monotonic=lambda: next(half_seconds) / 2, sleep=lambda s: None))
+    with pytest.raises(StopIteration):
+        distributed.call_the_roll(store, 0, 3)
+    assert capsys.readouterr().out == 'waiting for rank1, rank2 of 3 processes\n'
+
+
 def test_who_waits_in_vain_asks_to_be_started_again(environ, monkeypatch, tmp_path):
     port = str(free_port())
     environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    script = tmp_path / 'alone.py'
-    script.write_text("import distributed\ndistributed.join('gloo', 10, arrival_timeout_s=1)\n")
-    waiting = start(script).wait(30)
+    code = "import distributed; distributed.join('gloo', 10, arrival_timeout_s=1)"
+    waiting = Script([sys.executable, '-c', code]).wait(30)
     assert waiting.code == 138
     assert f'rank 0: the 2 processes did not meet at 127.0.0.1:{port}' in waiting.err
 
 
+SHARING = """
+import torch, distributed
+rank = distributed.environment()[0]
+distributed.join('gloo', 10)
+assert distributed.share(None if rank == 0 else 'mine', 'cpu') is None
+# large, all kinds of plain values, a tensor without axes, one that is not float
+plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf')}
+tensors = [torch.arange(20_000_000.), torch.tensor(7), torch.ones(3).bfloat16()]
+state = {'plain': plain, 'state': {0: {'all': tensors}}} if rank == 0 else None
+got = distributed.share(state, 'cpu')
+assert got['plain'] == plain, got
+for a, b in zip(got['state'][0]['all'], tensors, strict=True):
+    assert a.dtype == b.dtype and torch.equal(a, b), b
+distributed.finish(0)
+"""
+
+
 def test_every_rank_gets_the_state_of_rank_0(monkeypatch, tmp_path):
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    script = tmp_path / 'share.py'
-    script.write_text(
-        'import torch, distributed\n'
-        'rank = distributed.environment()[0]\n'
-        "distributed.join('gloo', 10)\n"
-        "assert distributed.share(None if rank == 0 else 'mine', 'cpu') is None\n"
-        # large, all kinds of plain values, a tensor without axes, one that is not float
-        "plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf')}\n"
-        "tensors = [torch.arange(20_000_000.), torch.tensor(7), torch.ones(3).bfloat16()]\n"
-        "state = {'plain': plain, 'state': {0: {'all': tensors}}} if rank == 0 else None\n"
-        "got = distributed.share(state, 'cpu')\n"
-        "assert got['plain'] == plain, got\n"
-        "for a, b in zip(got['state'][0]['all'], tensors, strict=True):\n"
-        '    assert a.dtype == b.dtype and torch.equal(a, b), b\n'
-        'torch.distributed.barrier()\n'
-        'distributed.leave(0)\n')
-    succeed(start_ranks(2, script))
+    (tmp_path / 'share.py').write_text(SHARING)
+    succeed(start_ranks(2, tmp_path / 'share.py'))
 
 
 @pytest.mark.parametrize(('text', 'lost'), [

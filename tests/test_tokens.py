@@ -169,6 +169,7 @@ def test_reading_needs_no_memory_no_torch_no_working_directory_and_no_host(tmp_p
 
 # ---------------------------------------------------------------------------- encodings
 
+@settings(deadline=None)
 @given(TEXT)
 def test_characters_come_back_and_an_unknown_one_is_named(text):
     encoding = tokens.encoding({'tokenizer': 'char', 'chars': ''.join(sorted({*text} - {'€'}))})
@@ -196,10 +197,9 @@ def test_gpt2_equals_tiktokens_own_encoding(monkeypatch, n):
     equal()
 
 
-@given(st.lists(st.integers(0, 65_535)))
-def test_decoding_never_fails(ids):
-    text = tokens.encoding(tokens.GPT2_META).decode(np.array(ids, np.int64))
-    assert isinstance(text, str) and (max(ids, default=0) < 50257 or '\ufffd' in text)
+def test_decoding_never_fails():
+    text = tokens.encoding(tokens.GPT2_META).decode(np.random.default_rng(0).permutation(65_536))
+    assert text.count('\ufffd') >= 65_536 - 50_257  # one for each id that is no token
 
 
 def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(

@@ -1,13 +1,13 @@
 """A stand-in for T9k's job controller: the replicas of a manifest as processes on this machine.
 
-    with Job(manifest('job.yaml'), folder, replicas=2, options=['--device=cpu']) as job:
+    with Job(manifest('job.yaml'), folder, ['--device=cpu'], replicas=2) as job:
         assert job.run(limit_s=60) == 'Succeeded', job.logs()
 
 Faithful to what is known of PyTorchTrainingJob: the schema of its dialect, the variables that it
 injects or the torchrun line that it assembles, restartPolicy, one backoffLimit for all replicas,
-and the verdict of the first replica. Replaced for a CPU: numbers of replicas and processes, and
-options appended to the script's. A replica that failed is started again at once, which is harder
-on the others than a new pod's seconds.
+and the verdict of the first replica. Replaced for a CPU: the number of replicas, of one process
+each, and options appended to the script's. A replica that failed is started again at once, which
+is harder on the others than a new pod's seconds.
 """
 import json
 import os
@@ -61,58 +61,49 @@ def code_of(pod):
 class Job:
     """A job, started. Logs go to folder/<replica>.log.
 
+    others: options of all replicas but the first.
     phase: Running, Succeeded or Failed. ends: (replica, exit code) of each process that ended.
     restarts: how much of the backoffLimit is used up.
     """
 
-    def __init__(self, job, folder, options=(), replicas=None, processes=None):
-        spec = job['spec']
-        replica, = spec['replicaSpecs']
-        self.container, = replica['template']['spec']['containers']
-        self.policy = replica['restartPolicy']
-        self.backoff_limit = spec['runPolicy']['backoffLimit']
-        torchrun, elastic = spec.get('torchrunConfig', {}), spec.get('elastic', {})
-        self.torchrun = torchrun if torchrun.get('enable') or torchrun.get('enabled') else None
-        self.size = replicas or elastic.get('maxReplicas') or replica['replicas']
-        least = elastic.get('minReplicas') or torchrun.get('minNodes', self.size)
-        self.least = min(least, self.size)
-        self.processes = processes or torchrun.get('procPerNode')
-        self.folder, self.options, self.port = Path(folder), list(options), free_port()
+    def __init__(self, job, folder, options, replicas=2, others=()):
+        self.spec, (self.replica,) = job['spec'], job['spec']['replicaSpecs']
+        self.folder, self.size, self.port = folder, replicas, free_port()
+        self.options, self.others = options, others
         self.phase, self.ends, self.restarts, self.pods = 'Running', [], 0, {}
         for i in range(self.size):
             self.start(i)
 
     def command(self, i):
         """(arguments, environment) of replica i."""
-        env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
-        args = [*self.container.get('args', []), *self.options]
-        own = {e['name']: e['value'] for e in self.container.get('env', [])}
-        if self.torchrun is None:
-            python, *command = self.container['command']
-            assert python == 'python'
+        container, = self.replica['template']['spec']['containers']
+        env = {e['name']: e['value'] for e in container['env']}
+        env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
+        options = [*self.options, *(self.others if i else ())]
+        torchrun = self.spec.get('torchrunConfig', {})
+        if not (torchrun.get('enable') or torchrun.get('enabled')):
             env |= {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
-            return [sys.executable, *command, *args], env | own
-        t = self.torchrun
-        return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={self.least}:{self.size}',
-                f'--nproc_per_node={self.processes}', f'--max_restarts={t["maxRestarts"]}',
-                f'--rdzv_backend={t["rdzvBackend"]}', '--role=node',
+            return [sys.executable, *container['command'][1:], *options], env
+        least = torchrun.get('minNodes') or self.spec['elastic']['minReplicas']
+        return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={least}:{self.size}',
+                '--nproc_per_node=1', f'--max_restarts={torchrun["maxRestarts"]}',
+                f'--rdzv_backend={torchrun["rdzvBackend"]}', '--role=node',
                 f'--rdzv_endpoint=127.0.0.1:{self.port}',
                 # one host for all: which of them is the first cannot be told by its address
                 '--local_addr=127.0.0.1', f'--rdzv_conf=is_host={str(i == 0).lower()}',
-                *t.get('extraOptions', []), *args], env | own
+                *container['args'], *options], env
 
     def start(self, i):
         """Replica i in a new pod: also a node that comes (back) to an elastic job."""
         argv, env = self.command(i)
-        inherited = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')}
         with open(self.folder / f'{i}.log', 'ab') as log:
-            self.pods[i] = subprocess.Popen(
-                argv, env={**inherited, 'OMP_NUM_THREADS': '1', **env}, cwd=ROOT, stdout=log,
-                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.pods[i] = subprocess.Popen(argv, env=os.environ | {'OMP_NUM_THREADS': '1'} | env,
+                                            cwd=ROOT, stdout=log, stderr=log)
 
     def kill(self, i, signum=signal.SIGKILL):
         """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""
-        pids = tree(self.pods[i].pid) if i in self.pods and self.pods[i].poll() is None else []
+        alive = i in self.pods and self.pods[i].poll() is None
+        pids = tree(self.pods[i].pid) if alive else []
         for pid in pids[:1] if signum == signal.SIGTERM else pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
@@ -138,10 +129,11 @@ class Job:
                 continue
             del self.pods[i]
             self.ends.append((i, code))
-            again = {'OnFailure': code != 0, 'ExitCode': code in RESTARTED}[self.policy]
+            policy, limit = self.replica['restartPolicy'], self.spec['runPolicy']['backoffLimit']
+            again = {'OnFailure': code != 0, 'ExitCode': code in RESTARTED}[policy]
             if code == 0 and i == 0:
                 self.phase = 'Succeeded'
-            elif again and self.restarts < self.backoff_limit:
+            elif again and self.restarts < limit:
                 self.restarts += 1
                 self.start(i)
             elif again or i == 0:
@@ -157,22 +149,18 @@ class Job:
             time.sleep(0.005)
         return self.phase
 
-    def delete(self, replicas=None, limit_s=30):
-        """SIGTERM to all, as when a job is deleted or preempted, or to these replicas only: the
-        exit codes of all, none started again; None for one that lives on for limit_s."""
-        for i in self.pods if replicas is None else replicas:
+    def delete(self, replicas, limit_s=30):
+        """SIGTERM to these replicas, as when a job is deleted or preempted: {replica: exit code} of
+        all, none started again. TimeoutExpired if one lives on for limit_s."""
+        for i in replicas:
             self.kill(i, signal.SIGTERM)
-        codes, end = dict(self.ends), time.monotonic() + limit_s
-        for i, pod in self.pods.items():
-            while pod.poll() is None and time.monotonic() < end:
-                time.sleep(0.02)
-            codes[i] = code_of(pod)
-        return codes
+        for pod in self.pods.values():
+            pod.wait(limit_s)
+        return {i: code_of(pod) for i, pod in self.pods.items()}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for i, pod in self.pods.items():
-            self.kill(i)
-            pod.wait()
+        for i in list(self.pods):
+            self.remove(i)

@@ -2,11 +2,13 @@
 import re
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
+from test_sample import run_here
 
 
-def test_a_table_has_both_sides_and_their_ratio(tmp_path):
-    done = run('bench.py', '--cases=loader', '--rounds=1', '--device=cpu', cwd=tmp_path)
+def test_a_table_has_both_sides_and_their_ratio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_here(f'{ROOT}/bench.py', '--cases=loader', '--rounds=1', '--device=cpu')
     assert done.code == 0, done.err
     head, row, *_ = done.out.splitlines()
     assert 'on cpu' in head and head.split()[:3] == ['plain', 'ours', 'ours/plain']
@@ -32,6 +34,6 @@ def test_every_case_measures_gpt2(case, rows, tmp_path):
     ('--cases=step loading', '--cases=step loading: expected any of step, loader, sample, save'),
     ('--device=gpu', '--device=gpu: expected auto, cpu')])
 def test_a_mistake_gets_one_line(option, says):
-    done = run('bench.py', option)
+    done = run_here('bench.py', option)
     assert done.code == 1 and done.out == ''
     assert re.fullmatch(rf'bench\.py: {re.escape(says)}.*\n', done.err), done.err

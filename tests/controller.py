@@ -67,15 +67,8 @@ class Job:
     """
 
     def __init__(self, job, folder, options, replicas=2, others=()):
-        spec = job['spec']
-        replica, = spec['replicaSpecs']
-        self.container, = replica['template']['spec']['containers']
-        self.policy = replica['restartPolicy']
-        self.backoff_limit = spec['runPolicy']['backoffLimit']
-        torchrun = spec.get('torchrunConfig', {})
-        self.torchrun = torchrun if torchrun.get('enable') or torchrun.get('enabled') else None
-        self.least = spec.get('elastic', {}).get('minReplicas') or torchrun.get('minNodes')
-        self.folder, self.size, self.port = Path(folder), replicas, free_port()
+        self.spec, (self.replica,) = job['spec'], job['spec']['replicaSpecs']
+        self.folder, self.size, self.port = folder, replicas, free_port()
         self.options, self.others = options, others
         self.phase, self.ends, self.restarts, self.pods = 'Running', [], 0, {}
         for i in range(self.size):
@@ -83,20 +76,22 @@ class Job:
 
     def command(self, i):
         """(arguments, environment) of replica i."""
-        env = {e['name']: e['value'] for e in self.container['env']}
+        container, = self.replica['template']['spec']['containers']
+        env = {e['name']: e['value'] for e in container['env']}
         env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
         options = [*self.options, *(self.others if i else ())]
-        if self.torchrun is None:
+        torchrun = self.spec.get('torchrunConfig', {})
+        if not (torchrun.get('enable') or torchrun.get('enabled')):
             env |= {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
-            return [sys.executable, *self.container['command'][1:], *options], env
-        t = self.torchrun
-        return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={self.least}:{self.size}',
-                '--nproc_per_node=1', f'--max_restarts={t["maxRestarts"]}',
-                f'--rdzv_backend={t["rdzvBackend"]}', '--role=node',
+            return [sys.executable, *container['command'][1:], *options], env
+        least = torchrun.get('minNodes') or self.spec['elastic']['minReplicas']
+        return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={least}:{self.size}',
+                '--nproc_per_node=1', f'--max_restarts={torchrun["maxRestarts"]}',
+                f'--rdzv_backend={torchrun["rdzvBackend"]}', '--role=node',
                 f'--rdzv_endpoint=127.0.0.1:{self.port}',
                 # one host for all: which of them is the first cannot be told by its address
                 '--local_addr=127.0.0.1', f'--rdzv_conf=is_host={str(i == 0).lower()}',
-                *self.container['args'], *options], env
+                *container['args'], *options], env
 
     def start(self, i):
         """Replica i in a new pod: also a node that comes (back) to an elastic job."""
@@ -107,7 +102,8 @@ class Job:
 
     def kill(self, i, signum=signal.SIGKILL):
         """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""
-        pids = tree(self.pods[i].pid) if i in self.pods and self.pods[i].poll() is None else []
+        alive = i in self.pods and self.pods[i].poll() is None
+        pids = tree(self.pods[i].pid) if alive else []
         for pid in pids[:1] if signum == signal.SIGTERM else pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
@@ -133,10 +129,11 @@ class Job:
                 continue
             del self.pods[i]
             self.ends.append((i, code))
-            again = {'OnFailure': code != 0, 'ExitCode': code in RESTARTED}[self.policy]
+            policy, limit = self.replica['restartPolicy'], self.spec['runPolicy']['backoffLimit']
+            again = {'OnFailure': code != 0, 'ExitCode': code in RESTARTED}[policy]
             if code == 0 and i == 0:
                 self.phase = 'Succeeded'
-            elif again and self.restarts < self.backoff_limit:
+            elif again and self.restarts < limit:
                 self.restarts += 1
                 self.start(i)
             elif again or i == 0:

@@ -2,12 +2,13 @@
 import re
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from test_sample import run_here
 
 
-def test_a_table_has_both_sides_and_their_ratio(tmp_path):
-    done = run('bench.py', '--cases=loader', '--rounds=1', '--device=cpu', cwd=tmp_path)
+def test_a_table_has_both_sides_and_their_ratio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_here(f'{ROOT}/bench.py', '--cases=loader', '--rounds=1', '--device=cpu')
     assert done.code == 0, done.err
     head, row, *_ = done.out.splitlines()
     assert 'on cpu' in head and head.split()[:3] == ['plain', 'ours', 'ours/plain']

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, Script, free_port, start_ranks, succeed
+from conftest import Script, free_port
 
 import distributed
 
@@ -36,10 +36,9 @@ MEETING = 'WORLD_SIZE=2: expected MASTER_ADDR and MASTER_PORT'
 
 
 @pytest.mark.parametrize(('variables', 'named'), [
-    ({'RANK': 'one'}, 'RANK=one'), ({'RANK': '-1'}, 'RANK=-1'), ({'RANK': '2'}, 'RANK=2'),
-    ({'LOCAL_RANK': ''}, 'LOCAL_RANK='), ({'WORLD_SIZE': '2.0'}, 'WORLD_SIZE=2.0'),
-    ({'WORLD_SIZE': '0'}, 'WORLD_SIZE=0'), ({}, MEETING), ({'MASTER_PORT': '29500'}, MEETING),
-    ({'MASTER_ADDR': '127.0.0.1'}, MEETING),
+    ({'RANK': '-1'}, 'RANK=-1'), ({'RANK': '2'}, 'RANK=2'), ({'LOCAL_RANK': ''}, 'LOCAL_RANK='),
+    ({'WORLD_SIZE': '2.0'}, 'WORLD_SIZE=2.0'), ({'WORLD_SIZE': '0'}, 'WORLD_SIZE=0'),
+    ({'MASTER_PORT': '29500'}, MEETING), ({'MASTER_ADDR': '127.0.0.1'}, MEETING),
     ({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '65536'}, MEETING)])
 def test_nonsense_in_the_environment_is_named(environ, variables, named):
     environ(**{'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', **variables})
@@ -52,7 +51,17 @@ def test_a_process_alone_joins_nobody(environ):
     environ(RANK='0', WORLD_SIZE='1')
     distributed.join('gloo', 10)
     assert not torch.distributed.is_initialized()
-    assert distributed.share('mine', 'cpu') == 'mine'
+
+
+def test_what_is_shared_keeps_its_kind_and_its_bits(environ):
+    """Alone it travels the same way; that it arrives, the resumed jobs of test_jobs.py show."""
+    environ()
+    plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf')}
+    tensors = [torch.rand(3, 2), torch.tensor(7), torch.ones(3).bfloat16()]
+    got = distributed.share({'plain': plain, 'state': {0: {'all': tensors}}}, 'cpu')
+    assert got['plain'] == plain and distributed.share(None, 'cpu') is None
+    for mine, theirs in zip(got['state'][0]['all'], tensors, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
 def test_the_first_process_says_whom_it_waits_for(monkeypatch, capsys):
@@ -65,36 +74,13 @@ def test_the_first_process_says_whom_it_waits_for(monkeypatch, capsys):
     assert capsys.readouterr().out == 'waiting for rank1, rank2 of 3 processes\n'
 
 
-def test_who_waits_in_vain_asks_to_be_started_again(environ, monkeypatch, tmp_path):
+def test_who_waits_in_vain_asks_to_be_started_again(environ):
     port = str(free_port())
     environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     code = "import distributed; distributed.join('gloo', 10, arrival_timeout_s=1)"
     waiting = Script([sys.executable, '-c', code]).wait(30)
     assert waiting.code == 138
     assert f'rank 0: the 2 processes did not meet at 127.0.0.1:{port}' in waiting.err
-
-
-SHARING = """
-import torch, distributed
-rank = distributed.environment()[0]
-distributed.join('gloo', 10)
-assert distributed.share(None if rank == 0 else 'mine', 'cpu') is None
-# large, all kinds of plain values, a tensor without axes, one that is not float
-plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf')}
-tensors = [torch.arange(20_000_000.), torch.tensor(7), torch.ones(3).bfloat16()]
-state = {'plain': plain, 'state': {0: {'all': tensors}}} if rank == 0 else None
-got = distributed.share(state, 'cpu')
-assert got['plain'] == plain, got
-for a, b in zip(got['state'][0]['all'], tensors, strict=True):
-    assert a.dtype == b.dtype and torch.equal(a, b), b
-distributed.finish(0)
-"""
-
-
-def test_every_rank_gets_the_state_of_rank_0(monkeypatch, tmp_path):
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    (tmp_path / 'share.py').write_text(SHARING)
-    succeed(start_ranks(2, tmp_path / 'share.py'))
 
 
 @pytest.mark.parametrize(('text', 'lost'), [
@@ -119,32 +105,30 @@ def test_only_a_lost_process_is_taken_for_one(text, lost):
 def asked(monkeypatch):
     """A StopRequest with the exit codes with which it would have ended this process in `ends`, and
     a function that sends a signal at a time in seconds."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    stop, ends = distributed.StopRequest(), []
+    handlers, ends = {}, []
+    monkeypatch.setattr(signal, 'signal', handlers.__setitem__)
     monkeypatch.setattr(distributed, 'leave', ends.append)
+    stop = distributed.StopRequest()
 
-    def send(number, at_s):
+    def send(number, at_s=0):
         monkeypatch.setattr(distributed, 'time', SimpleNamespace(monotonic=lambda: at_s))
-        signal.raise_signal(number)
+        handlers[number](number, None)
         return stop.exit_code
 
-    yield SimpleNamespace(stop=stop, ends=ends, send=send)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return SimpleNamespace(stop=stop, ends=ends, send=send)
 
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_before_the_loop_a_signal_ends_at_once(asked, number, code):
-    asked.send(number, 0)
+    asked.send(number)
     assert asked.ends == [code]
 
 
 def test_in_the_loop_a_signal_is_noted_and_sigterm_wins(asked):
     asked.stop.armed = True
-    assert asked.stop.exit_code is None
-    codes = [asked.send(number, 0) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM,
-                                                  signal.SIGINT)]
-    assert codes == [130, 143, 143, 143] and asked.ends == []
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT
+    assert [asked.send(number) for number in numbers] == [130, 143, 143, 143]
+    assert asked.ends == []
 
 
 def test_a_second_ctrl_c_ends_at_once(asked):

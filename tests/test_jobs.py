@@ -97,24 +97,23 @@ def test_a_manifest_asks_for_what_its_processes_need(name):
     # ExitCode restarts neither 134, of NCCL's watchdog, nor 1, which is torchrun's for everything.
     assert replica['restartPolicy'] == 'OnFailure'
     assert spec['runPolicy']['backoffLimit'] == 3 * replica['replicas']
-    pod = replica['template']['spec']
+    pod, env = replica['template']['spec'], {e['name']: e['value'] for e in container['env']}
     assert pod['terminationGracePeriodSeconds'] == 120
-    env = {e['name']: e['value'] for e in container['env']}
     kept = env.get('TORCHINDUCTOR_CACHE_DIR', '')  # PyTorch 1 compiles nothing
     assert kept.startswith('/t9k/mnt/') == (name != 'job_torch1.yaml')
     if name == 'job_torchrun.yaml':
         assert spec['torchrunConfig']['procPerNode'] == '8' and replica['replicas'] == 2
         assert env['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] == '110'
         assert env['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] == '1'
-        assert {'name': 'shm', 'mountPath': '/dev/shm'} in container['volumeMounts']
-        assert pod['volumes'][1] == {
-            'name': 'shm', 'emptyDir': {'medium': 'Memory', 'sizeLimit': '32Gi'}}
+        shm, memory = container['volumeMounts'][1], pod['volumes'][1]
+        assert shm['mountPath'] == '/dev/shm' and shm['name'] == memory['name']
+        assert memory['emptyDir'] == {'medium': 'Memory', 'sizeLimit': '32Gi'}
     else:
         assert env['LOCAL_RANK'] == '0'
     if name == 'job_rdma.yaml':
         assert needs['rdma/rdma_shared_device_a'] == limits['rdma/rdma_shared_device_a'] == 1
-        assert env['NCCL_IB_HCA'] == 'mlx5' and env['NCCL_IB_DISABLE'] == '0'
-        assert env['NCCL_DEBUG'] == 'INFO'
+        assert (env['NCCL_IB_HCA'], env['NCCL_IB_DISABLE'], env['NCCL_DEBUG']) == (
+            'mlx5', '0', 'INFO')
         assert container['securityContext']['capabilities']['add'] == ['IPC_LOCK']
 
 
@@ -165,13 +164,11 @@ def undisturbed(data_set, tmp_path_factory):
 
 
 def check_same_run(*folders):
-    """Bitwise the same weights, optimizer and numbers, and no step told twice."""
-    mine, calm = (load_checkpoint(folder / 'out/ckpt.pt') for folder in folders)
-    for key in ('model', 'optimizer', 'iter_num', 'best_val_loss', 'val_loss'):
-        assert differences(mine[key], calm[key], key) == []
-    mine, calm = ([{k: v for k, v in entry.items() if k not in TIMES}
-                   for entry in log_of(folder / 'out')] for folder in folders)
-    assert mine == calm
+    """Bitwise the same checkpoints, and the same numbers in the logs, each told once."""
+    mine, calm = ({**load_checkpoint(folder / 'out/ckpt.pt'), 'config': '', 'log': [
+        {k: v for k, v in e.items() if k not in TIMES} for e in log_of(folder / 'out')]}
+        for folder in folders)
+    assert differences(mine, calm) == []
 
 
 def starts(job):
@@ -180,15 +177,14 @@ def starts(job):
         r'on (\d+) x cpu\n.*, steps ([\d,]+) to', job.log(0))]
 
 
-# job.yaml trains in `undisturbed`, job_torchrun.yaml in the test of elasticity; the other three
-# differ from job.yaml in their image, config and NCCL's variables.
+# Else job.yaml trains in `undisturbed` and job_torchrun.yaml in the test of elasticity.
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'dialect'), [
     *product(MANIFESTS, ['2023-10']), ('job_torchrun.yaml', '2023-12')])
 def test_every_manifest_trains(name, dialect, data_set, tmp_path):
     with job_of(tmp_path, data_set, '--max_iters=5', name=name, dialect=dialect) as job:
         assert job.run() == 'Succeeded' and job.restarts == 0, job.logs()
-    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] == 5
+    assert [e['iter'] for e in steps_of(tmp_path / 'out')] == [1, 2, 3, 4, 5]
 
 
 def test_only_the_first_rank_tells_the_run_and_tells_it_once(undisturbed):
@@ -216,7 +212,7 @@ def test_any_number_of_workers_measures_the_same_loss(replicas, data_set, tmp_pa
         assert mine[split] == pytest.approx(theirs[0][split], abs=1e-6)
 
 
-# ------------------------------------------------------------------------ lost workers
+# ------------------------------------------------- lost, preempted and mistaken workers
 
 def last_entry(folder):
     """The last line that log.jsonl has in full, {'iter': -1} before the first."""
@@ -290,27 +286,20 @@ def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, t
     assert [e['iter'] for e in steps_of(tmp_path / 'out')] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(('replica', 'timeout_s', 'pause_s'), [
-    (1, 5, None), *long((1, 20, None), (0, 20, None), (1, 60, 12))])
+@pytest.mark.parametrize(('replica', 'timeout_s'), [(1, 7), *long((1, 20), (0, 20))])
 def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
-        replica, timeout_s, pause_s, tmp_path, data_set, undisturbed):
+        replica, timeout_s, tmp_path, data_set, undisturbed):
+    """The timeouts are longer than that under which the processes were connected."""
     with job_of(tmp_path, data_set, f'--dist_timeout={timeout_s}') as job:
         job.run(lambda: last_entry(tmp_path)['iter'] >= 7)
         job.kill(replica, signal.SIGSTOP)
         stopped = time.monotonic()
-        if pause_s:  # longer than the timeout under which the processes were connected
-            time.sleep(pause_s)
-        else:
-            job.run(lambda: job.ends, limit_s=timeout_s + 15)
-            assert job.ends == [(1 - replica, 138)]
-            assert time.monotonic() - stopped > timeout_s - 1
+        job.run(lambda: job.ends, limit_s=timeout_s + 15)
+        assert job.ends == [(1 - replica, 138)] and time.monotonic() - stopped > timeout_s - 1
         job.kill(replica, signal.SIGCONT)
-        assert job.run() == 'Succeeded', job.logs()
-        assert ((replica, 138) in job.ends) == (not pause_s) == (job.restarts > 0)
+        assert job.run() == 'Succeeded' and (replica, 138) in job.ends, job.logs()
     check_same_run(tmp_path, undisturbed())
 
-
-# --------------------------------------------------------------------------- preemption
 
 def preempt(job, folder, until, code=143, replicas=(0, 1)):
     """SIGTERM at that moment, to all pods or to these: all end so, and rank 0 saved its step."""
@@ -339,8 +328,6 @@ def test_a_preempted_gpt2_saves_1_4_gb_within_the_grace_period(tmp_path):
         preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= 2)
     assert (tmp_path / 'out/ckpt.pt').stat().st_size > 1.4e9
 
-
-# ------------------------------------------------------------------------ a user's mistake
 
 @pytest.mark.parametrize(('option', 'telling', 'restarts', 'policy'), [
     ('--n_layers=3', 'n_layer?', 0, 'ExitCode'), ('--dataset=nowhere', 'nowhere', 1, 'OnFailure'),
@@ -398,9 +385,8 @@ def test_a_torchrun_job_shrinks_and_grows_without_a_trace_in_its_losses(elastic,
     folder, future = elastic
     assert [processes for processes, _ in future.result(timeout=450)] == [2, 1, 2]
     steps = steps_of(folder / 'out')
-    calm = run_here('train.py', *OPTIONS, *ENDLESS, f'--max_iters={len(steps)}',
+    done = run_here('train.py', *OPTIONS, *ENDLESS, f'--max_iters={steps[-1]["iter"]}',
                     f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
-    assert calm.code == 0, calm.err
-    for mine, calm in zip(steps, steps_of(tmp_path / 'out'), strict=True):
-        assert mine['iter'] == calm['iter']
-        assert mine['loss'] == pytest.approx(calm['loss'], abs=1e-4)
+    assert done.code == 0, done.err
+    losses, calm = ([e['loss'] for e in told] for told in (steps, steps_of(tmp_path / 'out')))
+    assert losses == pytest.approx(calm, abs=1e-4)

@@ -97,8 +97,9 @@ class Job:
         """Replica i in a new pod: also a node that comes (back) to an elastic job."""
         argv, env = self.command(i)
         with open(self.folder / f'{i}.log', 'ab') as log:
-            self.pods[i] = subprocess.Popen(argv, env=os.environ | {'OMP_NUM_THREADS': '1'} | env,
-                                            cwd=ROOT, stdout=log, stderr=log)
+            self.pods[i] = subprocess.Popen(
+                argv, env=os.environ | {'OMP_NUM_THREADS': '1'} | env, cwd=ROOT, stdout=log,
+                stderr=log, umask=0o022)
 
     def kill(self, i, signum=signal.SIGKILL):
         """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""

@@ -8,8 +8,10 @@ Each script is a process of its own with one thread. None outlives its time limi
 """
 import ast
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -32,69 +34,29 @@ TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
         '--eval_interval=10', '--eval_iters=2', '--learning_rate=3e-3', '--min_lr=3e-4',
         '--warmup_iters=4', '--lr_decay_iters=40')
 CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
+os.environ['OMP_NUM_THREADS'] = '1'  # here and in the scripts
+os.environ.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
 started = []
 
-
-# Runs a script for each line {argv, env, cwd, out, err, end} of its input, in a process of its own
-# as __main__, with torch imported already: that takes longer than most scripts here. The file `end`
-# gets the process's id, and at its end also its exit code.
-NURSERY = """
-import json, os, runpy, signal, sys
-import torch.distributed, torch.nn.parallel
-try:
-    import torch.utils.tensorboard
-except ImportError:
-    pass
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    job = json.loads(line)
-    if os.fork():
-        continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        for fd, name in enumerate([os.devnull, job['out'], job['err']]):
-            os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
-        os.chdir(job['cwd'])
-        os.environ.update(job['env'])
-        sys.argv, sys.path[0] = job['argv'], os.path.dirname(job['argv'][0])
-        runpy.run_path(sys.argv[0], run_name='__main__')
-        sys.exit()
-    for ended in False, True:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if ended else ''
-        with open(job['end'] + '.tmp', 'w') as f:
-            f.write(f'{pid} {code}')
-        os.replace(job['end'] + '.tmp', job['end'])
-    os._exit(0)
-"""
+# Importing torch takes longer than most runs of train.py here: they are forks of a process that has
+# imported it. (A module that is not installed is left out.)
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(
+    ['pytest', 'torch', 'torch._dynamo', 'torch.utils.tensorboard', 'tqdm'])
+LOCK = threading.Lock()  # only the first to ask gets the exit code of a fork
 
 
-class Fork:
-    """A process of the nursery, with the part of Popen's interface that Script needs."""
-    nursery, lock = None, threading.Lock()
-
-    def __init__(self, argv, env, cwd, files):
-        out, err = (file.name for file in files)
-        self.end = Path(f'{out}.end')
-        with Fork.lock:
-            if Fork.nursery is None:
-                Fork.nursery = subprocess.Popen(
-                    [sys.executable, '-c', NURSERY], stdin=subprocess.PIPE, text=True,
-                    env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True)
-            print(json.dumps({'argv': [str(arg) for arg in argv], 'env': env, 'cwd': str(cwd),
-                              'out': out, 'err': err, 'end': str(self.end)}),
-                  file=Fork.nursery.stdin, flush=True)
-        while not self.end.exists():
-            assert Fork.nursery.poll() is None
-            time.sleep(0.001)
-        self.pid, self.returncode = int(self.end.read_text().split()[0]), None
-
-    def poll(self):
-        if self.returncode is None and (end := self.end.read_text().split())[1:]:
-            self.returncode = int(end[1])
-            self.end.unlink()
-        return self.returncode
+def become(argv, env, cwd, files):
+    """Make a fork what `python ARGV` would be."""
+    os.setsid()
+    for fd, name in enumerate((os.devnull, *files)):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))
+    runpy.run_path(argv[0], run_name='__main__')
 
 
 class Script:
@@ -102,14 +64,18 @@ class Script:
 
     def __init__(self, argv, env=None, cwd=ROOT, **popen):
         self.files = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
-        if argv[:1] == [sys.executable] and ROOT / 'train.py' in argv[:2] and not popen:
-            self.process = Fork(argv[1:], env or {}, cwd, self.files)
+        argv, env = [str(arg) for arg in argv], {**os.environ, **(env or {})}
+        if Path(argv[1]).name == 'train.py' and not popen:
+            names = [file.name for file in self.files]
+            self.process = FORKS.Process(target=become, args=(argv[1:], env, cwd, names))
+            self.poll = lambda: self.process.exitcode
+            with LOCK:
+                self.process.start()
         else:
-            env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
-            env.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
             popen = {'stdout': self.files[0], 'stderr': self.files[1], **popen}
             self.process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL,
                                             start_new_session=True, **popen)
+            self.poll = self.process.poll
         started.append(self)
 
     def read(self, file):
@@ -125,7 +91,9 @@ class Script:
 
     @property
     def code(self):
-        return self.process.poll()
+        """The exit code, or -N after signal N; None before the end."""
+        with LOCK:
+            return self.poll()
 
     @property
     def last_step(self):
@@ -153,8 +121,6 @@ class Script:
 def pytest_sessionfinish():
     for script in started:
         script.send(signal.SIGKILL)
-    if Fork.nursery:
-        Fork.nursery.kill()
 
 
 def start(script, *options, env=None, **popen):
@@ -180,7 +146,7 @@ def copy_of_repo(folder):
 
 def patched_train(folder, patches):
     """A script in the folder that is train.py, once `patches` has changed what it imports."""
-    path = folder / 'patched.py'
+    path = folder / 'train.py'
     path.write_text(f"""import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, distributed, hardware, model

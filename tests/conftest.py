@@ -81,13 +81,8 @@ class Script:
     def read(self, file):
         return os.pread(file.fileno(), 2**24, 0).decode()  # leaves the writer's position alone
 
-    @property
-    def out(self):
-        return self.read(self.files[0])
-
-    @property
-    def err(self):
-        return self.read(self.files[1])
+    out = property(lambda self: self.read(self.files[0]))
+    err = property(lambda self: self.read(self.files[1]))
 
     @property
     def code(self):
@@ -98,14 +93,14 @@ class Script:
     @property
     def last_step(self):
         """The step of the last log line so far, -1 before the first."""
-        return max((int(n) for n in re.findall(r'^step (\d+) \| loss', self.out, re.M)), default=-1)
+        return int(['-1', *re.findall(r'^step (\d+) \| loss', self.out, re.M)][-1])
 
     def send(self, signum):
         if self.code is None:
             os.killpg(self.process.pid, signum)
 
     def until(self, condition, limit_s=LIMIT_S):
-        """Wait for condition(self) or the end of the process; TimeoutError after limit_s."""
+        """Wait for condition(self) or the end of the process."""
         end = time.monotonic() + limit_s
         while self.code is None and not condition(self):
             if time.monotonic() > end:
@@ -135,12 +130,11 @@ def run(script, *options, limit_s=LIMIT_S, **popen):
 
 def copy_of_repo(folder):
     """The scripts, configs and data scripts, without what they made here."""
-    folder.mkdir()
-    for path in ROOT.glob('*.py'):
-        shutil.copy(path, folder)
     for name in ('config', 'data'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
             '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
     return folder
 
 
@@ -148,7 +142,6 @@ def patched_train(folder, patches):
     """A script in the folder that is train.py, once `patches` has changed what it imports."""
     path = folder / 'train.py'
     path.write_text(f"""import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
 import torch, distributed, hardware, model
 from data import tokens
 {textwrap.dedent(patches)}
@@ -167,34 +160,22 @@ def options_in(script):
 
 def check_help(script):
     """--help lists each option once, with its default and its comment."""
-    done = run(script, '--help')
-    assert done.code == 0 and done.err == ''
-    for name, default, comment in options_in(script):
-        value = str(default).replace('\n', '\\n')
-        lines = [line for line in done.out.splitlines() if line.strip().startswith(f'--{name}=')]
-        assert len(lines) == 1, name
-        assert lines[0].split() == f'--{name}={value} {comment}'.split()
+    [done] = succeed([start(script, '--help')])
+    shown = [line.split() for line in done.out.splitlines() if line.startswith('  --')]
+    assert shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
+                     for name, default, comment in options_in(script)]
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
 
 
 def start_ranks(world_size, script, *options):
     """A process per rank, on their way, as the job controller starts them: plain mode."""
-    if world_size == 1:
-        return [start(script, *options)]
-    there = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
-             'WORLD_SIZE': str(world_size)}
-    return [start(script, *options, env={**there, 'RANK': str(rank)})
-            for rank in range(world_size)]
-
-
-def start_torchrun(world_size, script, *options):
-    return Script([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                   f'--nproc_per_node={world_size}', ROOT / script, *options])
+    env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
+           'WORLD_SIZE': str(world_size)}
+    return [start(script, *options, env={**env, 'RANK': str(rank)}) for rank in range(world_size)]
 
 
 def succeed(scripts, limit_s=LIMIT_S):
@@ -204,8 +185,11 @@ def succeed(scripts, limit_s=LIMIT_S):
     return scripts
 
 
+def log_of(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+
+
 def steps_of(out_dir):
-    """The entries of log.jsonl that tell a step."""
     return [e for e in log_of(out_dir) if 'loss' in e]
 
 
@@ -213,20 +197,16 @@ def evaluations_of(out_dir):
     return [e for e in log_of(out_dir) if 'val_loss' in e]
 
 
-def log_of(out_dir):
-    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
-
-
-def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
+def write_data_set(folder, n_train=4000, meta=True):
     """Characters that follow each other by one of three: 1.1 nats a token at best."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
-    for split, part in (('train', ids[:n_train]), ('val', ids[n_train:])):
-        part.astype('<u2').tofile(folder / f'{split}.bin')
+    folder.mkdir(parents=True)
+    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + 1000)) % len(CHARS)
+    ids[:n_train].astype('<u2').tofile(folder / 'train.bin')
+    ids[n_train:].astype('<u2').tofile(folder / 'val.bin')
     if meta:
-        (folder / 'meta.json').write_text(json.dumps(
-            {'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS), 'source': 'a test',
-             'tokens': {'train': n_train, 'val': n_val}}))
+        (folder / 'meta.json').write_text(json.dumps({
+            'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS),
+            'tokens': {'train': n_train, 'val': 1000}}))
     return folder
 
 

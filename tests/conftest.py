@@ -8,8 +8,10 @@ Each script is a process of its own with one thread. None outlives its time limi
 """
 import ast
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -32,69 +34,29 @@ TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
         '--eval_interval=10', '--eval_iters=2', '--learning_rate=3e-3', '--min_lr=3e-4',
         '--warmup_iters=4', '--lr_decay_iters=40')
 CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
+os.environ['OMP_NUM_THREADS'] = '1'  # here and in the scripts
+os.environ.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
 started = []
 
-
-# Runs a script for each line {argv, env, cwd, out, err, end} of its input, in a process of its own
-# as __main__, with torch imported already: that takes longer than most scripts here. The file `end`
-# gets the process's id, and at its end also its exit code.
-NURSERY = """
-import json, os, runpy, signal, sys
-import torch.distributed, torch.nn.parallel
-try:
-    import torch.utils.tensorboard
-except ImportError:
-    pass
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    job = json.loads(line)
-    if os.fork():
-        continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        for fd, name in enumerate([os.devnull, job['out'], job['err']]):
-            os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
-        os.chdir(job['cwd'])
-        os.environ.update(job['env'])
-        sys.argv, sys.path[0] = job['argv'], os.path.dirname(job['argv'][0])
-        runpy.run_path(sys.argv[0], run_name='__main__')
-        sys.exit()
-    for ended in False, True:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if ended else ''
-        with open(job['end'] + '.tmp', 'w') as f:
-            f.write(f'{pid} {code}')
-        os.replace(job['end'] + '.tmp', job['end'])
-    os._exit(0)
-"""
+# Importing torch takes longer than most runs of train.py here: they are forks of a process that has
+# imported it. (A module that is not installed is left out.)
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(
+    ['pytest', 'torch', 'torch._dynamo', 'torch.utils.tensorboard', 'tqdm'])
+LOCK = threading.Lock()  # only the first to ask gets the exit code of a fork
 
 
-class Fork:
-    """A process of the nursery, with the part of Popen's interface that Script needs."""
-    nursery, lock = None, threading.Lock()
-
-    def __init__(self, argv, env, cwd, files):
-        out, err = (file.name for file in files)
-        self.end = Path(f'{out}.end')
-        with Fork.lock:
-            if Fork.nursery is None:
-                Fork.nursery = subprocess.Popen(
-                    [sys.executable, '-c', NURSERY], stdin=subprocess.PIPE, text=True,
-                    env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True)
-            print(json.dumps({'argv': [str(arg) for arg in argv], 'env': env, 'cwd': str(cwd),
-                              'out': out, 'err': err, 'end': str(self.end)}),
-                  file=Fork.nursery.stdin, flush=True)
-        while not self.end.exists():
-            assert Fork.nursery.poll() is None
-            time.sleep(0.001)
-        self.pid, self.returncode = int(self.end.read_text().split()[0]), None
-
-    def poll(self):
-        if self.returncode is None and (end := self.end.read_text().split())[1:]:
-            self.returncode = int(end[1])
-            self.end.unlink()
-        return self.returncode
+def become(argv, env, cwd, files):
+    """Make a fork what `python ARGV` would be."""
+    os.setsid()
+    for fd, name in enumerate((os.devnull, *files)):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))
+    runpy.run_path(argv[0], run_name='__main__')
 
 
 class Script:
@@ -102,42 +64,43 @@ class Script:
 
     def __init__(self, argv, env=None, cwd=ROOT, **popen):
         self.files = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
-        if argv[:1] == [sys.executable] and ROOT / 'train.py' in argv[:2] and not popen:
-            self.process = Fork(argv[1:], env or {}, cwd, self.files)
+        argv, env = [str(arg) for arg in argv], {**os.environ, **(env or {})}
+        if Path(argv[1]).name == 'train.py' and not popen:
+            names = [file.name for file in self.files]
+            self.process = FORKS.Process(target=become, args=(argv[1:], env, cwd, names))
+            self.poll = lambda: self.process.exitcode
+            with LOCK:
+                self.process.start()
         else:
-            env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
-            env.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
             popen = {'stdout': self.files[0], 'stderr': self.files[1], **popen}
             self.process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL,
                                             start_new_session=True, **popen)
+            self.poll = self.process.poll
         started.append(self)
 
     def read(self, file):
         return os.pread(file.fileno(), 2**24, 0).decode()  # leaves the writer's position alone
 
-    @property
-    def out(self):
-        return self.read(self.files[0])
-
-    @property
-    def err(self):
-        return self.read(self.files[1])
+    out = property(lambda self: self.read(self.files[0]))
+    err = property(lambda self: self.read(self.files[1]))
 
     @property
     def code(self):
-        return self.process.poll()
+        """The exit code, or -N after signal N; None before the end."""
+        with LOCK:
+            return self.poll()
 
     @property
     def last_step(self):
         """The step of the last log line so far, -1 before the first."""
-        return max((int(n) for n in re.findall(r'^step (\d+) \| loss', self.out, re.M)), default=-1)
+        return int(['-1', *re.findall(r'^step (\d+) \| loss', self.out, re.M)][-1])
 
     def send(self, signum):
         if self.code is None:
             os.killpg(self.process.pid, signum)
 
     def until(self, condition, limit_s=LIMIT_S):
-        """Wait for condition(self) or the end of the process; TimeoutError after limit_s."""
+        """Wait for condition(self) or the end of the process."""
         end = time.monotonic() + limit_s
         while self.code is None and not condition(self):
             if time.monotonic() > end:
@@ -153,8 +116,6 @@ class Script:
 def pytest_sessionfinish():
     for script in started:
         script.send(signal.SIGKILL)
-    if Fork.nursery:
-        Fork.nursery.kill()
 
 
 def start(script, *options, env=None, **popen):
@@ -169,20 +130,18 @@ def run(script, *options, limit_s=LIMIT_S, **popen):
 
 def copy_of_repo(folder):
     """The scripts, configs and data scripts, without what they made here."""
-    folder.mkdir()
-    for path in ROOT.glob('*.py'):
-        shutil.copy(path, folder)
     for name in ('config', 'data'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
             '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
     return folder
 
 
 def patched_train(folder, patches):
     """A script in the folder that is train.py, once `patches` has changed what it imports."""
-    path = folder / 'patched.py'
+    path = folder / 'train.py'
     path.write_text(f"""import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
 import torch, distributed, hardware, model
 from data import tokens
 {textwrap.dedent(patches)}
@@ -201,34 +160,22 @@ def options_in(script):
 
 def check_help(script):
     """--help lists each option once, with its default and its comment."""
-    done = run(script, '--help')
-    assert done.code == 0 and done.err == ''
-    for name, default, comment in options_in(script):
-        value = str(default).replace('\n', '\\n')
-        lines = [line for line in done.out.splitlines() if line.strip().startswith(f'--{name}=')]
-        assert len(lines) == 1, name
-        assert lines[0].split() == f'--{name}={value} {comment}'.split()
+    [done] = succeed([start(script, '--help')])
+    shown = [line.split() for line in done.out.splitlines() if line.startswith('  --')]
+    assert shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
+                     for name, default, comment in options_in(script)]
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
 
 
 def start_ranks(world_size, script, *options):
     """A process per rank, on their way, as the job controller starts them: plain mode."""
-    if world_size == 1:
-        return [start(script, *options)]
-    there = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
-             'WORLD_SIZE': str(world_size)}
-    return [start(script, *options, env={**there, 'RANK': str(rank)})
-            for rank in range(world_size)]
-
-
-def start_torchrun(world_size, script, *options):
-    return Script([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                   f'--nproc_per_node={world_size}', ROOT / script, *options])
+    env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
+           'WORLD_SIZE': str(world_size)}
+    return [start(script, *options, env={**env, 'RANK': str(rank)}) for rank in range(world_size)]
 
 
 def succeed(scripts, limit_s=LIMIT_S):
@@ -238,8 +185,11 @@ def succeed(scripts, limit_s=LIMIT_S):
     return scripts
 
 
+def log_of(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+
+
 def steps_of(out_dir):
-    """The entries of log.jsonl that tell a step."""
     return [e for e in log_of(out_dir) if 'loss' in e]
 
 
@@ -247,20 +197,16 @@ def evaluations_of(out_dir):
     return [e for e in log_of(out_dir) if 'val_loss' in e]
 
 
-def log_of(out_dir):
-    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
-
-
-def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
+def write_data_set(folder, n_train=4000, meta=True):
     """Characters that follow each other by one of three: 1.1 nats a token at best."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
-    for split, part in (('train', ids[:n_train]), ('val', ids[n_train:])):
-        part.astype('<u2').tofile(folder / f'{split}.bin')
+    folder.mkdir(parents=True)
+    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + 1000)) % len(CHARS)
+    ids[:n_train].astype('<u2').tofile(folder / 'train.bin')
+    ids[n_train:].astype('<u2').tofile(folder / 'val.bin')
     if meta:
-        (folder / 'meta.json').write_text(json.dumps(
-            {'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS), 'source': 'a test',
-             'tokens': {'train': n_train, 'val': n_val}}))
+        (folder / 'meta.json').write_text(json.dumps({
+            'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS),
+            'tokens': {'train': n_train, 'val': 1000}}))
     return folder
 
 

@@ -178,6 +178,11 @@ def start_ranks(world_size, script, *options):
     return [start(script, *options, env={**env, 'RANK': str(rank)}) for rank in range(world_size)]
 
 
+def start_torchrun(world_size, script, *options):
+    return Script([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                   f'--nproc_per_node={world_size}', ROOT / script, *options])
+
+
 def succeed(scripts, limit_s=LIMIT_S):
     """All of them, ended well."""
     for script in scripts:

@@ -85,12 +85,11 @@ def load_plain(path):
 
 def load_checkpoint(path):
     """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
-    path = str(path)
     if not exists(path):
         raise ValueError(f'no {path}: expected a checkpoint of train.py, which starts anew with '
                          '--init_from=auto')
     try:
-        ckpt = load_plain(path)
+        ckpt = load_plain(str(path))
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or no checkpoint ({type(error).__name__})'
         if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # torch 2.1 says the latter
@@ -129,8 +128,9 @@ def check_vocabulary(ckpt, meta):
                     for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's does not say
     size, need = ckpt['model_args'].get('vocab_size', 50257), meta['vocab_size']
     if ours != theirs or need > size:
+        what = f'has {size} tokens, the data needs {need}' if need > size else "is not the data's"
         fix = 'choose data in its tokens' + (', or another --out_dir' if 'iter_num' in ckpt else '')
-        raise ValueError(f"the model's vocabulary has {size} tokens, the data needs {need}: {fix}")
+        raise ValueError(f"the model's vocabulary {what}: {fix}")
 
 
 def load_optimizers(optimizers, saved):

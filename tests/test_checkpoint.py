@@ -108,7 +108,7 @@ CHARS = {'tokenizer': 'char', 'chars': 'abc', 'vocab_size': 3}
     ({'saved': {'rotary': True}}, 'rotary=True')])  # by a model.py that knows more
 def test_a_run_that_does_not_fit_its_checkpoint_is_refused_by_name(changed, message):
     ckpt = {'model_args': {**vars(GPTConfig(**TINY)), **changed.pop('saved', {})}, 'meta': CHARS,
-            'optimizer': {}, 'config': {'optimizer': 'lion'}}
+            'optimizer': {}, 'config': {'optimizer': 'lion'}, 'iter_num': 3}
     meta, optimizer = changed.pop('meta', CHARS), changed.pop('optimizer', 'lion')
     args = ckpt, GPTConfig(**{**TINY, **changed}), meta, optimizer
     if message is None:

@@ -140,7 +140,7 @@ SHARED = (*TINY, '--batch_size=8', '--gradient_accumulation_steps=1', '--max_ite
     ((1, 2, 4), 'adamw', 'float32', False, 0, 1e-4),
     pytest.param((1, 2), 'muon', 'bfloat16', False, 0, 2e-3, marks=has_muon),
     pytest.param((1, 2), 'adamw', 'float32', True, 2e-5, 5e-3, marks=pytest.mark.skipif(
-        TORCH < (2, 9), reason="gloo of torch 1.13 and 2.1 cannot add bfloat16")),
+        TORCH < (2, 9), reason='gloo of torch 1.13 and 2.1 cannot add bfloat16')),
     pytest.param((1, 2, 4), 'adamw', 'bfloat16', False, 0, 2e-3, marks=long),
     pytest.param((1, 2, 4), 'muon', 'float32', False, 0, 2e-3, marks=[long, has_muon]),
     pytest.param((1, 2, 4), 'muon', 'bfloat16', False, 0, 2e-3, marks=[long, has_muon])])

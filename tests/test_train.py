@@ -1,8 +1,4 @@
-"""train.py as its users start it: one process or several, cut short at any moment, fed nonsense.
-
-    python -m pytest -m 'not long' tests/test_train.py      # a minute or two
-    python -m pytest -m long tests/test_train.py            # every combination, many cuts
-"""
+"""train.py as its users start it: one process or several, cut short at any moment, fed nonsense."""
 import configurator
 
 import json
@@ -55,11 +51,11 @@ def fresh_model():
     return GPT(GPTConfig(block_size=32, vocab_size=31, n_layer=2, n_head=2, n_embd=32, bias=False))
 
 
-def contract_batch(data_set, iter_num, n, block_size=32, seed=1337):
-    """Inputs and targets of one step, all processes' together, drawn a second way."""
+def contract_batch(data_set, iter_num, n):
+    """Inputs and targets of a step of n sequences, all processes' together, drawn a second way."""
     ids = np.fromfile(data_set / 'train.bin', '<u2').astype(np.int64)
-    offsets = np.random.default_rng([seed, 0, iter_num]).integers(len(ids) - block_size, size=n)
-    rows = torch.from_numpy(np.stack([ids[i:i + block_size + 1] for i in offsets]))
+    offsets = np.random.default_rng([1337, 0, iter_num]).integers(len(ids) - 32, size=n)
+    rows = torch.from_numpy(np.stack([ids[i:i + 33] for i in offsets]))
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -235,8 +231,7 @@ def test_a_run_cut_by_signals_equals_one_that_was_not(
 def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
         backend, world_size, evaluated, gpt2_ids, tmp_path):
     """From 1 process to more at step 3, of an evaluation or not; each compiles twice: a batch of
-    training and one of evaluation, 5 and 6 sequences. The model is more than one DDP bucket: it
-    has 13 MB of embeddings."""
+    training and one of evaluation, 5 and 6 sequences. The model is more than one DDP bucket."""
     train = patched_train(tmp_path, f"""
         import functools
         from torch._dynamo.utils import counters
@@ -270,7 +265,6 @@ def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
         ours, theirs = ({e['iter']: e[key] for e in entries(folder)} for folder in (out_dir, eager))
         assert len(theirs) == n
         assert {i: ours[i] for i in theirs} == pytest.approx(theirs, abs=1e-4)
-    assert load_checkpoint(out_dir / 'ckpt.pt')['iter_num'] == 6
 
 
 def test_the_device_never_computes_in_float64(data_set, tmp_path):
@@ -308,22 +302,22 @@ def test_the_device_never_computes_in_float64(data_set, tmp_path):
 @pytest.mark.parametrize(('world_size', 'n_layer', 'n_embd'), [
     (2, 2, 384), pytest.param(4, 12, 768, marks=long)])  # 23 and 124 million parameters
 def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt2_ids, tmp_path):
-    """Until DDP wraps the model: the memory that is its own (RssAnon), beyond the imports'."""
+    """Weights and optimizer, without DDP's buckets, before the loop: the memory that is its own
+    (RssAnon), beyond the imports'."""
     options = (*TINY, f'--n_layer={n_layer}', f'--n_embd={n_embd}', f'--dataset={gpt2_ids}',
                f'--out_dir={tmp_path}', '--warmup_iters=0', '--init_from=auto')
     succeed([start('train.py', *options, '--max_iters=1')])
     weights = load_checkpoint(tmp_path / 'ckpt.pt')['model']
     size = 3 * 4 * sum(w.numel() for name, w in weights.items() if name != 'lm_head.weight')
     train = patched_train(tmp_path, """
+        import metrics, re
+
         def own():
             with open('/proc/self/status') as status:
-                return 1024 * next(int(s.split()[1]) for s in status if s.startswith('RssAnon'))
+                return 1024 * int(re.search(r'RssAnon:\\s*(\\d+)', status.read())[1])
 
-        def tell(model, **options):
-            print('holds', own() - imported, file=sys.stderr)
-            distributed.leave(0)
-
-        torch.nn.parallel.DistributedDataParallel = tell
+        torch.nn.parallel.DistributedDataParallel = lambda model, **options: model
+        metrics.Log = lambda *args: distributed.leave(0, f'holds {own() - imported}')
         imported = own()
         """)
     for rank, script in enumerate(succeed(start_ranks(world_size, train, *options))):
@@ -338,9 +332,8 @@ def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(gpt2_ids, tmp_
     """Its layout, written from its description, after 3 steps made by hand; the 4th is train.py's
     and must be the one that the hand would make."""
     torch.manual_seed(0)
-    model_args = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 32, 'bias': False,
-                  'vocab_size': 50304, 'dropout': 0.0}
-    model = GPT(GPTConfig(**model_args))
+    model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16,
+                          bias=False))
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': 0.1},
@@ -358,10 +351,10 @@ def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(gpt2_ids, tmp_
     for iter_num in range(3):
         step(iter_num)
     weights = {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}
-    torch.save({'model': weights, 'optimizer': optimizer.state_dict(), 'model_args': model_args,
-                'iter_num': 3, 'best_val_loss': torch.tensor(9.5),
-                'config': {'dataset': 'openwebtext', 'wandb_log': False, 'learning_rate': 6e-4,
-                           'decay_lr': True, 'beta2': 0.95, 'compile': True}},
+    torch.save({'model': weights, 'optimizer': optimizer.state_dict(),
+                'model_args': vars(model.config), 'iter_num': 3,
+                'best_val_loss': torch.tensor(9.5),
+                'config': {'dataset': 'openwebtext', 'wandb_log': False, 'decay_lr': True}},
                tmp_path / 'ckpt.pt')
     succeed([start('train.py', *TINY, '--init_from=resume', f'--dataset={gpt2_ids}', '--n_embd=16',
                    f'--out_dir={tmp_path}', '--max_iters=4', '--min_lr=3e-3', '--warmup_iters=0')])
@@ -396,7 +389,6 @@ def test_a_run_makes_exactly_max_iters_steps_evaluates_saves_and_can_be_extended
     assert [e['lr'] for e in steps] == pytest.approx(
         [3e-3 / 6, 6e-3 / 6, 9e-3 / 6, 12e-3 / 6, 15e-3 / 6, 3e-4, 3e-4])
     assert all(e['tok_per_sec'] == pytest.approx(8 * 32 / (e['dt_ms'] / 1000)) for e in steps)
-    assert all(e['grad_norm'] > 0 and e['mfu'] is None for e in steps)  # no peak known of a CPU
 
     before = files_of(out_dir)
     # The first of two, started again after the end, does not wait for the other.
@@ -517,10 +509,8 @@ def test_a_value_out_of_range_is_refused(options, expected):
 # What: (the options after those of a run that would resume from step 10, what the line must say).
 # {here} is the folder of some traps and of out, which holds the checkpoint.
 MISTAKES = {
-    'too few tokens': ('--dataset={here}/short',
-                       r'train\.bin holds 32 tokens, fewer than 33: .*block_size'),
-    'ids beyond the vocabulary':
-        ('--dataset={here}/beyond', r'train\.bin: id 999 at token .*ends at 30'),
+    'too few tokens': ('--dataset={here}/short', 'train.bin holds 32 tokens, .* 33: .*block_size'),
+    'ids beyond the vocabulary': ('--dataset={here}/beyond', 'train.bin: id 999 .*ends at 30'),
     'heads that do not divide the width':
         ('--init_from=scratch --out_dir={here}/new --n_embd=33', 'n_embd=33.*n_head=2.*=34'),
     'a warm-up beyond the run':

@@ -234,12 +234,13 @@ def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
     training and one of evaluation, 5 and 6 sequences. The model is more than one DDP bucket."""
     train = patched_train(tmp_path, f"""
         import functools
+        from torch._dynamo.backends.registry import lookup_backend
         from torch._dynamo.utils import counters
 
         def build(graph, inputs):
             if any(isinstance(n, torch.SymInt) for x in inputs for n in getattr(x, 'shape', [x])):
                 print('a size is symbolic', file=sys.stderr)  # inductor fails on DDP's parts then
-            return torch._dynamo.lookup_backend({backend!r})(graph, inputs)
+            return lookup_backend({backend!r})(graph, inputs)
 
         def tell(*args, finish=distributed.finish):
             print('compilations:', counters['stats']['unique_graphs'], file=sys.stderr)

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -43,7 +42,6 @@ started = []
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(
     ['pytest', 'torch', 'torch._dynamo', 'torch.utils.tensorboard', 'tqdm'])
-LOCK = threading.Lock()  # only the first to ask gets the exit code of a fork
 
 
 def become(argv, env, cwd, files):
@@ -69,8 +67,7 @@ class Script:
             names = [file.name for file in self.files]
             self.process = FORKS.Process(target=become, args=(argv[1:], env, cwd, names))
             self.poll = lambda: self.process.exitcode
-            with LOCK:
-                self.process.start()
+            self.process.start()
         else:
             popen = {'stdout': self.files[0], 'stderr': self.files[1], **popen}
             self.process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL,
@@ -87,8 +84,7 @@ class Script:
     @property
     def code(self):
         """The exit code, or -N after signal N; None before the end."""
-        with LOCK:
-            return self.poll()
+        return self.poll()
 
     @property
     def last_step(self):
@@ -176,11 +172,6 @@ def start_ranks(world_size, script, *options):
     env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
            'WORLD_SIZE': str(world_size)}
     return [start(script, *options, env={**env, 'RANK': str(rank)}) for rank in range(world_size)]
-
-
-def start_torchrun(world_size, script, *options):
-    return Script([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                   f'--nproc_per_node={world_size}', ROOT / script, *options])
 
 
 def succeed(scripts, limit_s=LIMIT_S):

@@ -205,6 +205,7 @@ def test_cached_sampling_equals_recomputation(B):
     for T in [*range(1, 13), 20]:
         idx = torch.randint(61, (B, T))
         told = gpt.generate(idx, 17, temperature=0)
+        assert torch.equal(told, gpt.generate(idx, 17, 0, None, None, None))
         for _ in range(17):
             idx = torch.cat((idx, gpt(idx[:, -12:])[0][:, -1:].argmax(-1)), 1)
         assert torch.equal(told, idx), T

@@ -305,6 +305,6 @@ class GPT(nn.Module):
             if n == self.config.block_size:
                 window, n = window[:, 1:], 0
 
-    def generate(self, idx, max_new_tokens, **options):
+    def generate(self, idx, max_new_tokens, *args, **options):
         """idx (B, T) continued to (B, T + max_new_tokens); the options are those of `stream`."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, **options)), 1)
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), 1)

@@ -196,6 +196,15 @@ def test_weights_leave_the_dict_one_by_one_once_none_is_missing():
 
 # ------------------------------------------------------------------------------- generation
 
+def test_generate_takes_its_options_by_position_and_by_name():
+    gpt, idx, said = random_gpt(), torch.zeros(1, 3, dtype=torch.int64), []
+    for args, options in (((0.8, 7, 0.9, 50), {}), ((), {'temperature': 0.8, 'top_k': 7,
+                                                        'top_p': 0.9, 'vocab_size': 50})):
+        torch.manual_seed(0)
+        said.append(gpt.generate(idx, 9, *args, **options))
+    assert torch.equal(*said) and len(set(said[0][0].tolist())) > 2
+
+
 @pytest.mark.parametrize('B', [1, 3])
 @torch.no_grad()
 def test_cached_sampling_equals_recomputation(B):

@@ -249,8 +249,9 @@ def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
         torch.compile = functools.partial(torch.compile, backend=build)
         distributed.finish = tell
         """)
-    options = (*TINY, f'--dataset={gpt2_ids}', '--n_embd=64', '--batch_size=6', '--init_from=auto',
-               '--gradient_accumulation_steps=5', '--eval_interval=2', '--warmup_iters=0')
+    options = (*TINY, f'--dataset={gpt2_ids}', '--n_embd=64', '--batch_size=6', '--eval_iters=3',
+               '--gradient_accumulation_steps=5', '--eval_interval=2', '--warmup_iters=0',
+               '--init_from=auto')
     out_dir, eager = tmp_path / 'compiled', tmp_path / 'eager'
     compiled = (*options, '--compile=True', f'--out_dir={out_dir}')
     first, _ = succeed([start(train, *compiled, '--max_iters=3'),

@@ -160,12 +160,19 @@ def test_a_kill_at_any_moment_of_a_write_leaves_the_old_or_the_new_file(n_kills,
         leftovers += len(list(tmp_path.glob('*.tmp')))
         now = [held(path) for path in paths]
         assert now[0] in (old[0], new) and now[1] in (old[1], new)
-        assert now[1] >= now[0]  # best.pt comes first
         old = now
     assert hits == n_kills and leftovers >= n_kills / 8  # in the middle of a write
     assert write(new + 1)[0] == 0  # over what the last kill left
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
     assert [held(path) for path in paths] == [new + 1] * 2
+
+
+def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
+    """After a kill between the two, ckpt.pt would say that these weights are best.pt's already."""
+    renamed = []
+    monkeypatch.setattr(os, 'replace', lambda old, new: renamed.append(os.path.basename(new)))
+    save_checkpoint(tmp_path / 'ckpt.pt', full_of(1), tmp_path / 'best.pt')
+    assert renamed == ['best.pt', 'ckpt.pt']
 
 
 def no_link(*paths):

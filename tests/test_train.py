@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from conftest import (
     CHARS,
     ROOT,
     TINY,
+    Script,
     check_help,
     copy_of_repo,
     evaluations_of,
@@ -156,6 +158,42 @@ def test_every_step_sees_the_tokens_of_its_number(data_set, tmp_path):
     evaluations = evaluations_of(tmp_path)
     assert [e['iter'] for e in evaluations] == [0, 5, 7, 10, 15, 20]
     assert len({e['val_loss'] for e in evaluations}) == 1  # the same sequences, whoever reads them
+
+
+def test_seed_step_rank_and_micro_step_each_make_noise_of_their_own(tmp_path):
+    """All tokens are the same and nothing is learned: a step's loss tells its dropout, an
+    evaluation's the initial weights."""
+    data_set = write_data_set(tmp_path / 'data')
+    for path in data_set.glob('*.bin'):
+        np.full_like(np.fromfile(path, '<u2'), 7).tofile(path)
+    runs = {}
+    for world_size, micro_steps, seed in (1, 1, 1337), (1, 2, 1337), (2, 1, 1337), (1, 1, 2):
+        out_dir = tmp_path / f'{world_size} {micro_steps} {seed}'
+        succeed(start_ranks(
+            world_size, 'train.py', *TINY, f'--dataset={data_set}', f'--out_dir={out_dir}',
+            '--dropout=0.5', '--learning_rate=1e-12', '--min_lr=1e-12', '--max_iters=3',
+            f'--gradient_accumulation_steps={world_size * micro_steps}', f'--seed={seed}'))
+        runs[out_dir] = [e['loss'] for e in steps_of(out_dir)]
+    losses = sorted(loss for run in runs.values() for loss in run)
+    assert len(losses) == 12 and min(np.diff(losses)) > 1e-6
+    initial = [evaluations_of(out_dir)[0]['val_loss'] for out_dir in runs]
+    assert initial[0] == initial[1] == initial[2] != pytest.approx(initial[3], abs=1e-4)
+
+
+@pytest.mark.skipif(TORCH < (2, 0), reason='its torchrun fails on Python 3.11')
+def test_torchrun_starts_processes_that_train_as_one(trained, data_set, tmp_path):
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    succeed([Script([*torchrun, ROOT / 'train.py', *TINY, f'--dataset={data_set}',
+                     f'--out_dir={tmp_path}'])])
+    losses, expected = ([e['loss'] for e in steps_of(folder)] for folder in (tmp_path, trained))
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@long
+def test_twenty_finished_runs_of_four_processes_end_with_0(data_set, tmp_path):
+    for n in range(20):
+        succeed(start_ranks(4, 'train.py', *SHARED, f'--dataset={data_set}',
+                            f'--out_dir={tmp_path}/{n}', '--max_iters=2', '--warmup_iters=0'))
 
 
 def test_ten_steps_have_the_losses_they_always_had(trained):
@@ -481,10 +519,8 @@ def test_one_more_shape_option_is_compared_with_the_checkpoint(trained, data_set
     refused = run(repo / 'train.py', *options, f'--out_dir={trained}', '--init_from=resume')
     assert refused.code == 1 and re.fullmatch(
         r'train\.py: --rotary=True contradicts .* rotary=False.*\n', refused.err), refused.err
-    succeed([start(repo / 'train.py', *options, f'--out_dir={tmp_path}/out', '--seed=2')])
+    succeed([start(repo / 'train.py', *options, f'--out_dir={tmp_path}/out')])
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['model_args']['rotary'] is True
-    # Another seed is another run.
-    assert steps_of(tmp_path / 'out')[0]['loss'] != steps_of(trained)[0]['loss']
 
 
 # -------------------------------------------------------------------- what a user can get wrong

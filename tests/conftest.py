@@ -154,11 +154,12 @@ def options_in(script):
     return [(name, ast.literal_eval(default), comment) for name, default, comment in found]
 
 
-def check_help(script):
+def check_help(script, run=run):
     """--help lists each option once, with its default and its comment."""
-    [done] = succeed([start(script, '--help')])
+    done = run(script, '--help')
+    assert done.code == 0, done.err
     shown = [line.split() for line in done.out.splitlines() if line.startswith('  --')]
-    assert shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
+    assert [] != shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
                      for name, default, comment in options_in(script)]
 
 
@@ -193,16 +194,16 @@ def evaluations_of(out_dir):
     return [e for e in log_of(out_dir) if 'val_loss' in e]
 
 
-def write_data_set(folder, n_train=4000, meta=True):
+def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
     """Characters that follow each other by one of three: 1.1 nats a token at best."""
     folder.mkdir(parents=True)
-    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + 1000)) % len(CHARS)
+    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
     ids[:n_train].astype('<u2').tofile(folder / 'train.bin')
     ids[n_train:].astype('<u2').tofile(folder / 'val.bin')
     if meta:
         (folder / 'meta.json').write_text(json.dumps({
             'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS),
-            'tokens': {'train': n_train, 'val': 1000}}))
+            'tokens': {'train': n_train, 'val': n_val}}))
     return folder
 
 

@@ -43,9 +43,6 @@ def test_every_make_target_and_test_that_the_page_names_exists():
     tests = '\n'.join(path.read_text(encoding='utf-8') for path in ROOT.glob('tests/test_*.py'))
     for name in re.findall(r'`(test_\w+)`', TEXT):
         assert f'def {name}(' in tests, name
-    for path in re.findall(r'`([\w/.]+\.py)`', TEXT):
-        assert path in ('prepare.py', *re.findall(r'`(\S+python_char\S*)`', TEXT)) or \
-            (ROOT / path).exists(), path
 
 
 # ---------------------------------------------------------------- changes to the model

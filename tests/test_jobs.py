@@ -16,7 +16,7 @@ from itertools import product
 
 import jsonschema
 import pytest
-from conftest import ROOT, TINY, evaluations_of, log_of, options_in, steps_of, write_data_set
+from conftest import ROOT, TINY, log_of, options_in, steps_of, write_data_set
 from controller import SCHEMAS, Job, manifest
 from test_sample import run_here
 from test_train import TIMES, differences
@@ -198,16 +198,6 @@ def test_other_users_may_read_what_a_job_writes_as_root(undisturbed):
              for path in (undisturbed() / 'out').rglob('*') if path.is_file()}
     assert {'ckpt.pt', 'best.pt', 'log.jsonl', 'config.json'} < set(modes)
     assert set(modes.values()) == {'0o644'}, modes
-
-
-@pytest.mark.parametrize('replicas', [2, *long((3,), (4,))])
-def test_any_number_of_workers_measures_the_same_loss(replicas, data_set, tmp_path, undisturbed):
-    alone = run_here('train.py', *OPTIONS, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
-                     '--max_iters=0', '--warmup_iters=0')
-    assert alone.code == 0, alone.err
-    [mine], theirs = evaluations_of(tmp_path / 'out'), evaluations_of(undisturbed(replicas) / 'out')
-    for split in ('train_loss', 'val_loss'):
-        assert mine[split] == pytest.approx(theirs[0][split], abs=1e-6)
 
 
 # ------------------------------------------------- lost, preempted and mistaken workers

@@ -150,13 +150,13 @@ class Job:
             time.sleep(0.005)
         return self.phase
 
-    def delete(self, replicas, limit_s=30):
+    def delete(self, replicas):
         """SIGTERM to these replicas, as when a job is deleted or preempted: {replica: exit code} of
-        all, none started again. TimeoutExpired if one lives on for limit_s."""
+        all, none started again. TimeoutExpired if one lives on."""
         for i in replicas:
             self.kill(i, signal.SIGTERM)
         for pod in self.pods.values():
-            pod.wait(limit_s)
+            pod.wait(30)
         return {i: code_of(pod) for i, pod in self.pods.items()}
 
     def __enter__(self):

@@ -6,6 +6,7 @@ import pickle
 import random
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -166,14 +167,10 @@ def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
     assert renamed == ['best.pt', 'ckpt.pt']
 
 
-def no_link(*paths):
-    raise OSError('not on this file system')
-
-
-@pytest.mark.parametrize('link', [os.link, no_link])
+@pytest.mark.parametrize('linkable', [True, False])
 @pytest.mark.parametrize('killed', [True, False])
 @pytest.mark.parametrize('leftover', ['half a file', 'a link to best.pt'])
-def test_what_a_kill_left_behind_does_no_harm(leftover, killed, link, tmp_path, monkeypatch):
+def test_what_a_kill_left_behind_does_no_harm(leftover, killed, linkable, tmp_path, monkeypatch):
     """The trap is the link: to rename it onto best.pt would do nothing, and to write into it would
     change best.pt, for good if that write is killed, too."""
     path, best = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
@@ -183,7 +180,8 @@ def test_what_a_kill_left_behind_does_no_harm(leftover, killed, link, tmp_path, 
             Path(f'{place}.tmp').write_bytes(b'x' * 10**6)
         else:
             os.link(best, f'{place}.tmp')
-    monkeypatch.setattr(os, 'link', link)
+    if not linkable:
+        monkeypatch.setattr(os, 'link', Mock(side_effect=OSError))
     if killed:
         monkeypatch.setattr(torch, 'save', lambda state, file: file.write(b'half') and 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -193,13 +191,9 @@ def test_what_a_kill_left_behind_does_no_harm(leftover, killed, link, tmp_path, 
     save_checkpoint(path, full_of(2), best)
     assert held(path) == held(best) == 2
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
-    assert os.path.samefile(path, best) == (link is not no_link)  # no second copy of the data
+    assert os.path.samefile(path, best) == linkable  # no second copy of the data
     save_checkpoint(path, full_of(3))
     assert (held(path), held(best)) == (3, 2)
-
-
-def no_space(path):
-    raise OSError(errno.ENOSPC, 'No space left on device')
 
 
 def another_process(path):
@@ -209,7 +203,8 @@ def another_process(path):
 
 
 @pytest.mark.parametrize(('fault', 'said'), [
-    (no_space, 'No space left'), (another_process, 'another process writes there')])
+    (Mock(side_effect=OSError('No space left on device')), 'No space left'),
+    (another_process, 'another process writes there')])
 def test_a_write_that_fails_says_so_in_one_line_and_leaves_nothing(
         fault, said, tmp_path, monkeypatch):
     path, best = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
@@ -226,11 +221,7 @@ def test_a_disk_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
     assert not checkpoint.exists(path)
     save_checkpoint(path, full_of(1))
     assert checkpoint.exists(path) and not checkpoint.exists(f'{path}/below')  # below a file
-
-    def stale(*args, **options):
-        raise OSError(errno.ESTALE, 'Stale file handle')
-
-    monkeypatch.setattr(os, 'stat', stale)
+    monkeypatch.setattr(os, 'stat', Mock(side_effect=OSError(errno.ESTALE, 'Stale file handle')))
     for function in (checkpoint.exists, load_checkpoint):
         with pytest.raises(OSError, match='Stale'):
             function(path)

@@ -49,19 +49,16 @@ def greedy_ids(gpt, prompt, n=20):
 
 # ---------------------------------------------------------------------------------- CTranslate2
 
-@pytest.fixture
-def ct2():
-    return pytest.importorskip('ctranslate2')
-
-
-def converted(ct2, hf, folder):
+def converted(hf, folder):
+    """The generator of the export in CTranslate2's format."""
+    ct2 = pytest.importorskip('ctranslate2')
     ct2.converters.TransformersConverter(str(hf)).convert(str(folder))
     return ct2.Generator(str(folder), device='cpu', intra_threads=1)
 
 
-def test_ctranslate2_generates_the_same(exported, ct2, tmp_path):
+def test_ctranslate2_generates_the_same(exported, tmp_path):
     gpt, hf = exported
-    generator = converted(ct2, hf, tmp_path / 'ct2')
+    generator = converted(hf, tmp_path / 'ct2')
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
     for prompt in PROMPTS:
         ids, more = greedy_ids(gpt, prompt)
@@ -75,11 +72,11 @@ def test_ctranslate2_generates_the_same(exported, ct2, tmp_path):
         assert result.sequences_ids[0] == more
 
 
-def test_ctranslate2_refuses_a_padded_vocabulary(exported, ct2, tmp_path):
+def test_ctranslate2_refuses_a_padded_vocabulary(exported, tmp_path):
     _, hf = exported
     export(f'--out_dir={hf.parent / "out"}', f'--hf_dir={tmp_path / "kept"}', '--keep_vocab=True')
     with pytest.raises(ValueError, match='50304'):
-        converted(ct2, tmp_path / 'kept', tmp_path / 'ct2')
+        converted(tmp_path / 'kept', tmp_path / 'ct2')
 
 
 # ------------------------------------------------------------------- transformers, Trainer, peft

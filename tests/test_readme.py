@@ -9,8 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, log_of, options_in, start, succeed
-from test_contributing import copy_of_repo
+from conftest import ROOT, copy_of_repo, log_of, options_in, start, succeed
 from torch.distributed.run import get_args_parser
 
 from hardware import PEAK_FLOPS
@@ -280,8 +279,6 @@ def forms(text):
 def quick_start(tmp_path_factory):
     """A copy of the repository after the steps of `make train` on a small text; what they said."""
     repo = copy_of_repo(tmp_path_factory.mktemp('readme') / 'repo')
-    (repo / 'data/shakespeare_char/input.txt').write_text(
-        'O Romeo, Romeo, wherefore art thou Romeo?\n' * 400, encoding='utf-8')
     said = ''
     for script, *options in (
             ['data/shakespeare_char/prepare.py'],

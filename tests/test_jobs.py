@@ -133,7 +133,7 @@ def patched(job, folder, patches):
 def undisturbed(data_set, tmp_path_factory):
     """A function: the folder of a job of so many replicas that nothing happened to."""
     @cache
-    def folder_of(replicas=2):
+    def folder_of(replicas):
         folder = tmp_path_factory.mktemp('undisturbed')
         with job_of(folder, data_set, replicas=replicas) as job:
             assert job.run() == 'Succeeded', job.logs()
@@ -165,15 +165,15 @@ def test_every_manifest_trains(name, data_set, tmp_path):
 
 
 def test_only_the_first_rank_tells_the_run_and_tells_it_once(undisturbed):
-    assert (undisturbed() / '1.log').read_text() == ''
-    lines = (undisturbed() / '0.log').read_text().splitlines()
+    assert (undisturbed(2) / '1.log').read_text() == ''
+    lines = (undisturbed(2) / '0.log').read_text().splitlines()
     assert len(lines) == len(set(lines)), lines
-    assert [e['iter'] for e in steps_of(undisturbed() / 'out')] == list(range(1, STEPS + 1))
+    assert [e['iter'] for e in steps_of(undisturbed(2) / 'out')] == list(range(1, STEPS + 1))
 
 
 def test_other_users_may_read_what_a_job_writes_as_root(undisturbed):
     modes = {path.name: oct(path.stat().st_mode & 0o777)
-             for path in (undisturbed() / 'out').rglob('*') if path.is_file()}
+             for path in (undisturbed(2) / 'out').rglob('*') if path.is_file()}
     assert {'ckpt.pt', 'best.pt', 'log.jsonl', 'config.json'} < set(modes)
     assert set(modes.values()) == {'0o644'}, modes
 
@@ -273,7 +273,7 @@ def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
         assert job.ends == [(1 - replica, 138)] and time.monotonic() - stopped > timeout_s - 1
         job.kill(replica, signal.SIGCONT)
         assert job.run() == 'Succeeded' and (replica, 138) in job.ends, job.logs()
-    check_same_run(tmp_path, undisturbed())
+    check_same_run(tmp_path, undisturbed(2))
 
 
 def preempt(job, folder, until, code=143, replicas=(0, 1)):
@@ -292,7 +292,7 @@ def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
         preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= step, replicas=replicas)
     with job_of(tmp_path, data_set, others=[f'--out_dir={tmp_path / "empty"}']) as job:
         assert job.run() == 'Succeeded', job.logs()
-    check_same_run(tmp_path, undisturbed())
+    check_same_run(tmp_path, undisturbed(2))
     assert not (tmp_path / 'empty').exists()
 
 

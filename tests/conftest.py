@@ -60,18 +60,18 @@ def become(argv, env, cwd, files):
 class Script:
     """One process of a script, its output so far in `out` and `err`, its end in `code`."""
 
-    def __init__(self, argv, env=None, cwd=ROOT, **popen):
+    def __init__(self, argv, env=None, cwd=ROOT):
         self.files = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
         argv, env = [str(arg) for arg in argv], {**os.environ, **(env or {})}
-        if Path(argv[1]).name == 'train.py' and not popen:
+        if Path(argv[1]).name == 'train.py':
             names = [file.name for file in self.files]
             self.process = FORKS.Process(target=become, args=(argv[1:], env, cwd, names))
             self.poll = lambda: self.process.exitcode
             self.process.start()
         else:
-            popen = {'stdout': self.files[0], 'stderr': self.files[1], **popen}
-            self.process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL,
-                                            start_new_session=True, **popen)
+            self.process = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=self.files[0],
+                stderr=self.files[1], start_new_session=True)
             self.poll = self.process.poll
         started.append(self)
 
@@ -114,23 +114,25 @@ def pytest_sessionfinish():
         script.send(signal.SIGKILL)
 
 
-def start(script, *options, env=None, **popen):
-    """The process of `python SCRIPT OPTIONS`, on its way."""
-    return Script([sys.executable, ROOT / script, *options], env, **popen)
+def start(script, *options, **where):
+    """The process of `python SCRIPT OPTIONS`, on its way; where: its env, its cwd."""
+    return Script([sys.executable, ROOT / script, *options], **where)
 
 
-def run(script, *options, limit_s=LIMIT_S, **popen):
+def run(script, *options, limit_s=LIMIT_S, **where):
     """`python SCRIPT OPTIONS`, ended."""
-    return start(script, *options, **popen).wait(limit_s)
+    return start(script, *options, **where).wait(limit_s)
 
 
 def copy_of_repo(folder):
-    """The scripts, configs and data scripts, without what they made here."""
+    """The scripts, configs and data scripts, without what they made here; a small input.txt."""
     for name in ('config', 'data'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
             '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
+    (folder / 'data/shakespeare_char/input.txt').write_text(
+        'O Romeo, Romeo, wherefore art thou Romeo?\n' * 400, encoding='utf-8')
     return folder
 
 
@@ -154,11 +156,12 @@ def options_in(script):
     return [(name, ast.literal_eval(default), comment) for name, default, comment in found]
 
 
-def check_help(script):
+def check_help(script, run=run):
     """--help lists each option once, with its default and its comment."""
-    [done] = succeed([start(script, '--help')])
+    done = run(script, '--help')
+    assert done.code == 0, done.err
     shown = [line.split() for line in done.out.splitlines() if line.startswith('  --')]
-    assert shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
+    assert [] != shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
                      for name, default, comment in options_in(script)]
 
 
@@ -174,10 +177,10 @@ def start_ranks(world_size, script, *options):
     return [start(script, *options, env={**env, 'RANK': str(rank)}) for rank in range(world_size)]
 
 
-def succeed(scripts, limit_s=LIMIT_S):
+def succeed(scripts):
     """All of them, ended well."""
     for script in scripts:
-        assert script.wait(limit_s).code == 0, script.err
+        assert script.wait().code == 0, script.err
     return scripts
 
 
@@ -193,16 +196,16 @@ def evaluations_of(out_dir):
     return [e for e in log_of(out_dir) if 'val_loss' in e]
 
 
-def write_data_set(folder, n_train=4000, meta=True):
+def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
     """Characters that follow each other by one of three: 1.1 nats a token at best."""
     folder.mkdir(parents=True)
-    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + 1000)) % len(CHARS)
+    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
     ids[:n_train].astype('<u2').tofile(folder / 'train.bin')
     ids[n_train:].astype('<u2').tofile(folder / 'val.bin')
     if meta:
         (folder / 'meta.json').write_text(json.dumps({
             'tokenizer': 'char', 'chars': CHARS, 'vocab_size': len(CHARS),
-            'tokens': {'train': n_train, 'val': 1000}}))
+            'tokens': {'train': n_train, 'val': n_val}}))
     return folder
 
 

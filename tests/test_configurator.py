@@ -1,6 +1,7 @@
 """configurator.py: options come from config files and --key=value, in order, or end in one line."""
 import configurator
 
+import re
 import sys
 
 import pytest
@@ -69,10 +70,19 @@ def test_a_config_file_has_any_name_and_text_and_may_use_what_was_set_before_it(
     ('--bias=1', '--bias=1 bool False'), ('--n_layer', '--n_layer=12'), ('--', '--'),
     ('--n_layer 5', '--n_layer=5'), ('--n_layer --bias=True', '--n_layer=12'),
     ('-n_layer=3', '-n_layer=3'), ('n_layer=3', 'n_layer=3 --'), ('.', 'no such config file'),
-    ('config/x.py', 'config/x.py no such'), ('--lr=1e-3', '--lr=1e-3 --learning_rate')])
+    ('config/x.py', 'config/x.py no such')])
 def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
     line = refuse(*argv.split())
     assert all(word in line for word in words.split()), line
+
+
+@pytest.mark.parametrize('name', configurator.FOREIGN)
+def test_an_option_known_from_elsewhere_is_refused_with_what_takes_its_place(name):
+    options = {option: default for option, default, _ in options_in('train.py')}
+    advice = configurator.FOREIGN[name]
+    with pytest.raises(SystemExit, match=f'--{name}=1: unknown option {name}; {advice}$'):
+        configurator.override(options, [f'--{name}=1'], 'train.py')
+    assert set(re.findall(r'\w+_\w+', advice)) <= options.keys()
 
 
 @pytest.mark.parametrize(('text', 'says'), [

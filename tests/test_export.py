@@ -4,18 +4,16 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import start, succeed, write_data_set
 from safetensors.torch import load_file, save_file
 from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
 from torch.nn import Linear
 
-from checkpoint import load_checkpoint
 from data import tokens
 from model import GPT, GPTConfig
 
@@ -51,16 +49,6 @@ def same_weights(a, b):
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes()
             for path in folder.rglob('*') if path.is_file()}
-
-
-def exit_code_of(work):
-    """That of a copy of this process which does the work, 0 if it comes to its end."""
-    if (pid := os.fork()) == 0:
-        with suppress(BaseException):
-            work()
-            os._exit(0)
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
@@ -194,12 +182,16 @@ def test_loading_takes_less_than_one_and_a_half_times_the_weights(tmp_path):
     def peak():  # bytes, since the fork: ru_maxrss would count the parent's
         return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
 
-    def work():
-        base = peak()
-        n_params = GPT.from_pretrained(tmp_path).num_params()
-        os._exit(min(255, 100 * (peak() - base) // (4 * n_params)))
-
-    assert 50 < exit_code_of(work) < 150  # percent; memory that the tests have freed counts less
+    percent = 0
+    if (child := os.fork()) == 0:
+        try:
+            base = peak()
+            n_params = GPT.from_pretrained(tmp_path).num_params()
+            percent = min(255, 100 * (peak() - base) // (4 * n_params))
+        finally:
+            os._exit(percent)
+    # Memory that the tests have freed counts less.
+    assert 50 < os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 150
 
 
 # ------------------------------------------------------------------------------- weights out
@@ -291,10 +283,6 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     write = transformers.pipeline('text-generation', model=str(hf))
     [result] = write('Hello world')  # no options: past block_size it would be an IndexError
     assert result['generated_text'].startswith('Hello world')
-    [greedy] = write('Hello world', do_sample=False, max_new_tokens=12)
-    done = run_here('sample.py', f'--init_from={hf}', '--start=Hello world', '--temperature=0',
-                    '--max_new_tokens=12', '--device=cpu', '--dtype=float32')
-    assert done.out.split('\n---')[0] == greedy['generated_text']
     assert write.model.config.vocab_size == 50257 and write.model.config.eos_token_id == 50256
 
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(hf), tokens.gpt2_encoding()
@@ -320,9 +308,9 @@ def test_options_of_export(tmp_path):
     assert (hf / 'merges.txt').exists()
 
 
-@pytest.mark.parametrize('kind', ['char', 'unknown'])
-def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, tmp_path):
-    more = {'meta': {'tokenizer': 'char', 'vocab_size': 61}} if kind == 'char' else {}
+@pytest.mark.parametrize(('kind', 'more'), [
+    ('char', {'meta': {'tokenizer': 'char', 'vocab_size': 61}}), ('unknown', {})])
+def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, more, tmp_path):
     save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt(), **more)
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
     assert 'no tokenizer' in said and f'this {kind} vocabulary' in said
@@ -365,26 +353,10 @@ def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, mon
     gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
     options = f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}'
     with monkeypatch.context() as patch:
-        patch.setattr(Path, 'replace', lambda *args: os._exit(9))  # all is written
-        assert exit_code_of(lambda: export(*options)) == 9
+        patch.setattr(Path, 'replace', Mock(side_effect=KeyboardInterrupt))  # all is written
+        patch.setattr(shutil, 'rmtree', Mock())  # a kill does not tidy up
+        with pytest.raises(KeyboardInterrupt):
+            export(*options)
     [part] = tmp_path.glob('hf.*.tmp')
     export(*options)
     assert contents(tmp_path / 'hf') == contents(part)
-
-
-def test_fine_tuning_starts_from_a_folder(tmp_path):
-    gpt = random_gpt(vocab_size=50257, block_size=32)
-    gpt.save_pretrained(tmp_path / 'hf')
-    data = write_data_set(tmp_path / 'data', meta=False)  # as nanoGPT writes it
-    succeed([start('train.py', 'config/finetune_shakespeare.py', f'--dataset={data}',
-                   f'--init_from={tmp_path / "hf"}', f'--out_dir={tmp_path / "tuned"}',
-                   '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
-                   '--max_iters=2', '--warmup_iters=0', '--eval_iters=2', '--dropout=0.1',
-                   '--device=cpu', '--dtype=float32')])
-    ckpt = load_checkpoint(tmp_path / 'tuned' / 'ckpt.pt')
-    assert ckpt['iter_num'] == 2 and ckpt['meta']['tokenizer'] == 'gpt2'
-    assert GPTConfig(**ckpt['model_args']) == GPTConfig(
-        **{**TINY, 'vocab_size': 50257, 'dropout': 0.1})
-    for block, before in zip(GPT.from_checkpoint(ckpt).transformer.h, gpt.transformer.h):
-        moved = (block.mlp.c_fc.weight - before.mlp.c_fc.weight).abs().max()
-        assert 0 < moved < 1e-3  # two steps at 3e-5: from there, and not far

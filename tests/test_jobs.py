@@ -7,16 +7,14 @@ import random
 import re
 import runpy
 import signal
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from itertools import product
 
-import jsonschema
 import pytest
-from conftest import ROOT, TINY, evaluations_of, log_of, options_in, steps_of, write_data_set
+from conftest import ROOT, TINY, log_of, options_in, patched_train, steps_of, write_data_set
 from controller import SCHEMAS, Job, manifest
 from test_sample import run_here
 from test_train import TIMES, differences
@@ -53,15 +51,12 @@ def test_a_plain_manifest_is_valid_in_both_dialects_also_in_a_queue(name, tmp_pa
         assert manifest(tmp_path / name, dialect)['spec']['scheduler'] == QUEUE
 
 
-def test_the_torchrun_manifest_is_elastic_in_both_dialects_but_not_of_both(monkeypatch):
+def test_the_torchrun_manifest_is_elastic_in_both_dialects():
     old, new = (manifest('job_torchrun.yaml', dialect)['spec'] for dialect in SCHEMAS)
     assert old['scheduler'] == new['scheduler'] == QUEUE
     assert old['torchrunConfig']['enable'] and old['torchrunConfig']['minNodes'] == 1
     assert new['torchrunConfig']['enabled'] and new['elastic'] == {
         'enabled': True, 'minReplicas': 1, 'maxReplicas': 2, 'expectedReplicas': 2}
-    monkeypatch.setitem(SCHEMAS, '2023-10', SCHEMAS['2023-12'])
-    with pytest.raises(jsonschema.ValidationError, match="'enable', 'minNodes'"):
-        manifest('job_torchrun.yaml')
 
 
 @pytest.mark.parametrize('name', MANIFESTS)
@@ -125,29 +120,12 @@ def job_of(folder, data_set, *options, job=None, **more):
     return Job(job or manifest('job.yaml'), folder, options, **more)
 
 
-PATCH = """
-import os, sys, time
-if 'train.py' in map(os.path.basename, sys.orig_argv[1:3]):
-    import torch.distributed as dist
-    import distributed
-    module = dist if hasattr(dist, '{0}') else distributed
-    function = getattr(module, '{0}')
-
-    def wrapper(*args, **kwargs):
-{1}
-        result = function(*args, **kwargs)
-{2}
-        return result
-
-    setattr(module, '{0}', wrapper)
-"""
-
-
-def patched(job, folder, name, before, after=''):
-    """The job with code around that function of distributed.py or torch.distributed."""
-    around = [textwrap.indent(textwrap.dedent(code), ' ' * 8) for code in (before, after)]
-    (folder / 'sitecustomize.py').write_text(PATCH.format(name, *around))
-    container_of(job)['env'].append({'name': 'PYTHONPATH', 'value': f'{folder}:{ROOT}'})
+def patched(job, folder, patches):
+    """The job with `patches` in its train.py."""
+    container = container_of(job)
+    words = container.get('args') or container['command']
+    words[words.index('train.py')] = str(patched_train(folder, patches))
+    container['env'].append({'name': 'PYTHONPATH', 'value': str(ROOT)})
     return job
 
 
@@ -155,7 +133,7 @@ def patched(job, folder, name, before, after=''):
 def undisturbed(data_set, tmp_path_factory):
     """A function: the folder of a job of so many replicas that nothing happened to."""
     @cache
-    def folder_of(replicas=2):
+    def folder_of(replicas):
         folder = tmp_path_factory.mktemp('undisturbed')
         with job_of(folder, data_set, replicas=replicas) as job:
             assert job.run() == 'Succeeded', job.logs()
@@ -187,27 +165,17 @@ def test_every_manifest_trains(name, data_set, tmp_path):
 
 
 def test_only_the_first_rank_tells_the_run_and_tells_it_once(undisturbed):
-    assert (undisturbed() / '1.log').read_text() == ''
-    lines = (undisturbed() / '0.log').read_text().splitlines()
+    assert (undisturbed(2) / '1.log').read_text() == ''
+    lines = (undisturbed(2) / '0.log').read_text().splitlines()
     assert len(lines) == len(set(lines)), lines
-    assert [e['iter'] for e in steps_of(undisturbed() / 'out')] == list(range(1, STEPS + 1))
+    assert [e['iter'] for e in steps_of(undisturbed(2) / 'out')] == list(range(1, STEPS + 1))
 
 
 def test_other_users_may_read_what_a_job_writes_as_root(undisturbed):
     modes = {path.name: oct(path.stat().st_mode & 0o777)
-             for path in (undisturbed() / 'out').rglob('*') if path.is_file()}
+             for path in (undisturbed(2) / 'out').rglob('*') if path.is_file()}
     assert {'ckpt.pt', 'best.pt', 'log.jsonl', 'config.json'} < set(modes)
     assert set(modes.values()) == {'0o644'}, modes
-
-
-@pytest.mark.parametrize('replicas', [2, *long((3,), (4,))])
-def test_any_number_of_workers_measures_the_same_loss(replicas, data_set, tmp_path, undisturbed):
-    alone = run_here('train.py', *OPTIONS, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
-                     '--max_iters=0', '--warmup_iters=0')
-    assert alone.code == 0, alone.err
-    [mine], theirs = evaluations_of(tmp_path / 'out'), evaluations_of(undisturbed(replicas) / 'out')
-    for split in ('train_loss', 'val_loss'):
-        assert mine[split] == pytest.approx(theirs[0][split], abs=1e-6)
 
 
 # ------------------------------------------------- lost, preempted and mistaken workers
@@ -270,11 +238,20 @@ JOINING = 'call_the_roll', 'TCPStore', 'init_process_group', 'all_reduce'
 def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, tmp_path, data_set):
     """One after the other is killed when that function returns; of four, another at once."""
     (died := tmp_path / 'died').touch()
-    before, after = f"turn = os.path.getsize('{died}')", f"""
-        if os.environ['RANK'] == '{victims}'[turn:turn + 1]:
-            os.truncate('{died}', turn + 1)
-            os.kill(os.getpid(), 9)"""
-    job = patched(manifest('job.yaml'), tmp_path, function, before, after)
+    job = patched(manifest('job.yaml'), tmp_path, f"""
+        module = distributed if hasattr(distributed, '{function}') else torch.distributed
+        join = module.{function}
+
+        def deadly(*args, **options):
+            turn = os.path.getsize('{died}')
+            result = join(*args, **options)
+            if os.environ['RANK'] == '{victims}'[turn:turn + 1]:
+                os.truncate('{died}', turn + 1)
+                os.kill(os.getpid(), 9)
+            return result
+
+        module.{function} = deadly
+        """)
     with job_of(tmp_path, data_set, '--max_iters=4', job=job, replicas=size) as job:
         job.run(died.read_text)
         if size == 4:
@@ -296,7 +273,7 @@ def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
         assert job.ends == [(1 - replica, 138)] and time.monotonic() - stopped > timeout_s - 1
         job.kill(replica, signal.SIGCONT)
         assert job.run() == 'Succeeded' and (replica, 138) in job.ends, job.logs()
-    check_same_run(tmp_path, undisturbed())
+    check_same_run(tmp_path, undisturbed(2))
 
 
 def preempt(job, folder, until, code=143, replicas=(0, 1)):
@@ -315,7 +292,7 @@ def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
         preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= step, replicas=replicas)
     with job_of(tmp_path, data_set, others=[f'--out_dir={tmp_path / "empty"}']) as job:
         assert job.run() == 'Succeeded', job.logs()
-    check_same_run(tmp_path, undisturbed())
+    check_same_run(tmp_path, undisturbed(2))
     assert not (tmp_path / 'empty').exists()
 
 
@@ -354,7 +331,11 @@ ENDLESS = ('--dropout=0', '--max_iters=1000000', '--lr_decay_iters=200', '--min_
 
 def shrink_and_grow(folder, data_set):
     """A torchrun job loses its second node, gets another and is preempted: its starts."""
-    job = patched(manifest('job_torchrun.yaml', '2023-12'), folder, 'total', 'time.sleep(0.2)')
+    job = patched(manifest('job_torchrun.yaml', '2023-12'), folder, """
+        import time
+        total = distributed.total
+        distributed.total = lambda *args: time.sleep(0.2) or total(*args)
+        """)
     with job_of(folder, data_set, *ENDLESS, job=job) as job:
         def trains_with(processes):
             n, first_step = (starts(job) or [(0, 0)])[-1]

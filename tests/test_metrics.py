@@ -1,6 +1,5 @@
 """metrics.py: log.jsonl and TensorBoard tell each step once; a person sees a bar or lines."""
 import fcntl
-import json
 import math
 import os
 import struct
@@ -9,6 +8,7 @@ import termios
 from contextlib import suppress
 
 import pytest
+from conftest import log_of
 
 from metrics import Log
 
@@ -24,8 +24,8 @@ def make(out_dir, iter_num=0, evaluated=False, peak_tok_per_sec=0.0, **config):
     return Log(config, True, iter_num, 3.5 if evaluated else None, 100, peak_tok_per_sec)
 
 
-def numbers(i, grad_norm=1.0):
-    return {'loss': 4.0 - i, 'grad_norm': grad_norm, 'lr': 1e-3}
+def numbers(i):
+    return {'loss': 4.0 - i, 'grad_norm': 1.0, 'lr': 1e-3}
 
 
 def write_run(out_dir, last, start=0, evaluated=False):
@@ -39,15 +39,9 @@ def write_run(out_dir, last, start=0, evaluated=False):
     log.close()
 
 
-def entries(out_dir):
-    """The lines of log.jsonl, which fail if they hold what JSON has no word for."""
-    lines = (out_dir / 'log.jsonl').read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
-
-
 def told(out_dir):
     """(step, whether it is an evaluation) of each line."""
-    return [(entry['iter'], 'val_loss' in entry) for entry in entries(out_dir)]
+    return [(entry['iter'], 'val_loss' in entry) for entry in log_of(out_dir)]
 
 
 @pytest.mark.parametrize(('last', 'step', 'evaluated'), [
@@ -93,22 +87,15 @@ def test_tensorboard_tells_each_step_once_after_a_cut_and_can_be_missing(board, 
         assert {*numbers(1), *EVALUATION, 'tok_per_sec'} <= {*events.Tags()['scalars']}
 
 
-def test_each_line_is_on_disk_when_it_is_told_and_valid_json(tmp_path):
-    """float16's scaler skips a step whose gradient is infinite, and the run continues."""
-    log = make(tmp_path)
-    for i, grad_norm in enumerate((1.0, math.inf, math.nan)):
-        log.step(i, 0.1, numbers(i, grad_norm))
-        assert [e['grad_norm'] for e in entries(tmp_path)] == [1.0, None, None][:i + 1]
-    log.close()
-
-
 def test_every_third_step_and_the_last_tell_the_mean_speed_since_the_line_before(tmp_path, capsys):
     log = make(tmp_path, peak_tok_per_sec=2000, log_interval=3)
     for i in range(1, 11):
-        log.step(i, 0.1 * i, {**numbers(i), 'half_loss': 0.5})  # a number that it does not know
+        norm = math.inf if i == 10 else 1.0  # float16's scaler skips such a step
+        log.step(i, 0.1 * i, {'loss': 4.0 - i, 'grad_norm': norm, 'lr': 1e-3, 'half_loss': 0.5})
     log.close()
-    told = entries(tmp_path)
+    told = log_of(tmp_path)
     assert [e['iter'] for e in told] == [3, 6, 9, 10]
+    assert [e['grad_norm'] for e in told] == [1.0, 1.0, 1.0, None]  # JSON has no infinity
     assert [e['dt_ms'] for e in told] == pytest.approx([200, 500, 800, 1000])
     for e in told:
         assert e['tok_per_sec'] == pytest.approx(100 / (e['dt_ms'] / 1000))
@@ -116,14 +103,6 @@ def test_every_third_step_and_the_last_tell_the_mean_speed_since_the_line_before
     assert capsys.readouterr().out.splitlines()[0] == (
         'step 3 | loss 1.0000 | grad norm 1.000 | lr 1.00e-03 | half loss 0.5000 | 200.0 ms | '
         '500 tok/s | mfu 0.250')
-
-
-def test_a_file_gets_a_line_a_step(tmp_path, capsys):
-    write_run(tmp_path, last=6)
-    out, err = capsys.readouterr()
-    assert [line.split(' | ')[0] for line in out.splitlines()] == [f'step {i}' for i, _ in WHOLE]
-    assert 'mfu' not in out and entries(tmp_path)[1]['mfu'] is None  # of a device without a peak
-    assert err == ''
 
 
 def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypatch, capsys):

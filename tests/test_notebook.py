@@ -6,8 +6,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-from conftest import ROOT
-from test_contributing import copy_of_repo
+from conftest import ROOT, copy_of_repo
 
 # A run of seconds; log_interval stays as it is.
 SMALL = (' --n_layer=1 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=30'
@@ -18,8 +17,6 @@ def test_the_cells_of_the_readme_run_and_print_few_lines(tmp_path, monkeypatch):
     repo = copy_of_repo(tmp_path / 'repo')
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     [code] = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-    (repo / 'data/shakespeare_char/input.txt').write_text(
-        'O Romeo, Romeo, wherefore art thou Romeo?\n' * 200, encoding='utf-8')
     monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     sources = [line + (SMALL if 'train.py' in line else '') for line in code.splitlines()]

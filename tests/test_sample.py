@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHARS, ROOT, check_help, options_in
+from conftest import CHARS, ROOT, check_help
 
 from checkpoint import load_checkpoint, save_checkpoint
 from data import tokens
@@ -130,7 +130,5 @@ def test_a_mistake_gets_one_line(option, said, trained, tmp_path):
 
 
 @pytest.mark.parametrize('script', ['sample.py', 'export.py', 'plot.py'])
-def test_help_lists_every_option_with_its_default_and_comment(script, monkeypatch):
-    monkeypatch.setattr('conftest.run', run_here)
-    check_help(script)
-    assert run_here(script, '--help').out.count('\n  --') == len(options_in(script))
+def test_help_lists_every_option_with_its_default_and_comment(script):
+    check_help(script, run_here)

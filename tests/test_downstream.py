@@ -49,16 +49,18 @@ def greedy_ids(gpt, prompt, n=20):
 
 # ---------------------------------------------------------------------------------- CTranslate2
 
-def converted(hf, folder):
+def converted(hf, folder, **options):
     """The generator of the export in CTranslate2's format."""
     ct2 = pytest.importorskip('ctranslate2')
-    ct2.converters.TransformersConverter(str(hf)).convert(str(folder))
+    ct2.converters.TransformersConverter(str(hf)).convert(str(folder), **options)
     return ct2.Generator(str(folder), device='cpu', intra_threads=1)
 
 
-def test_ctranslate2_generates_the_same(exported, tmp_path):
+@pytest.mark.parametrize(('quantization', 'least', 'most'), [
+    ('float32', 0, 1e-5), pytest.param('int8', 1e-3, 0.1, marks=pytest.mark.long)])
+def test_ctranslate2_generates_the_same(quantization, least, most, exported, tmp_path):
     gpt, hf = exported
-    generator = converted(hf, tmp_path / 'ct2')
+    generator = converted(hf, tmp_path / 'ct2', quantization=quantization)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
     for prompt in PROMPTS:
         ids, more = greedy_ids(gpt, prompt)
@@ -66,7 +68,9 @@ def test_ctranslate2_generates_the_same(exported, tmp_path):
         logits = torch.from_numpy(np.array(generator.forward_batch([pieces])))[0]
         with torch.no_grad():
             expected = gpt(torch.tensor([ids]))[0][0, :, :50257]
-        assert (logits - expected).norm() < 1e-5 * expected.norm()
+        assert least <= (logits - expected).norm() / expected.norm() < most
+        if quantization == 'int8':  # two close tokens can change places
+            continue
         [result] = generator.generate_batch(
             [pieces], max_length=20, min_length=20, sampling_topk=1, include_prompt_in_result=False)
         assert result.sequences_ids[0] == more

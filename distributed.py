@@ -57,7 +57,7 @@ def split(sequences, batch_size):
     if rest:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
         raise ValueError(f'{world_size} processes cannot share batch_size x '
-                         f'gradient_accumulation_steps = {sequences} sequences; use one of {valid}')
+                         f'gradient_accumulation_steps = {sequences} sequences; valid: {valid}')
     steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
     return steps, share // steps
 

@@ -23,7 +23,7 @@ test-long: $(VENV)/dev .venv-lm-eval/run
 test-cuda: $(VENV)/dev
 	$(PY) -m pytest tests/test_cuda.py
 
-# torch 1.13.1 is job_torch1.yaml's, 2.1.2 that of T9k's Notebook image, both with numpy 1.
+# torch 1.13.1 is for job_torch1.yaml, 2.1.2 is in T9k's Notebook image; both need numpy 1.
 OLD = 1.13.1 2.1.2
 OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
 OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py \
@@ -43,7 +43,7 @@ test-torch-%: .venv-torch-%/run
 		hypothesis
 	@touch $@
 
-# lm-evaluation-harness, for one test, on top of the packages in $(VENV).
+# lm-evaluation-harness, for one test, in addition to the packages in $(VENV).
 .venv-lm-eval/run: $(VENV)/dev Makefile
 	$(PY) -m venv .venv-lm-eval
 	SITE='import site; print(site.getsitepackages()[0])'; \
@@ -55,7 +55,7 @@ test-torch-%: .venv-torch-%/run
 bench: $(VENV)/run
 	$(PY) bench.py
 
-# A text of one's own, put there as input.txt, is prepared anew when it changes.
+# Your own text, put there as input.txt, is prepared again whenever it changes.
 $(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
 	$(PY) $(CHAR)/prepare.py
 

@@ -1,10 +1,10 @@
-"""How fast is it here? One table, in minutes: python bench.py [--cases=step] [--compile=True]
+"""Measure the speed here, in minutes: python bench.py [--cases=step] [--compile=True]
 
-GPT-2 124M, beside a plain program that does as nanoGPT: all logits, batches stacked from a memory
-map opened anew, sampling without a cache (timed at the mean context), checkpoints not synced; on
-CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, is beside
-tiktoken in threads that cost each other nothing. Each measurement is a process, the sides take
-turns, medians count. Peak memory is the GPU's, else what comes on top of the imports.
+GPT-2 124M, next to a plain program in nanoGPT's style: all logits, batches stacked from a memory
+map opened for each, sampling without a cache (timed at the mean context), checkpoints not synced;
+on CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, is next
+to tiktoken alone, scaled perfectly to all threads. Each measurement is a process, the two sides
+alternate, and medians are shown. Peak memory is the GPU's, else the process's beyond its imports.
 """
 import configurator
 
@@ -27,12 +27,12 @@ from data import corpus, tokens
 from hardware import peak_flops, resolve_device, resolve_dtype
 from model import GPT, GPTConfig
 
-cases = 'step loader sample save'  # which rows to measure; one more is prepare
+cases = 'step loader sample save'  # what to measure, one or more; also: prepare
 rounds = 2  # runs of each side
 batch_size = 0  # sequences per step, of 1024 tokens on a GPU, 256 elsewhere; 0: 12 or 4
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, mps
 compile = 'auto'  # compile our side of the step: auto (on for CUDA), True, False
-run = ''  # one measurement, printed as JSON: what the table is made of
+run = ''  # one measurement of the table, printed as JSON; for internal use
 limits = {'rounds': configurator.at_least(1), 'batch_size': configurator.at_least(0), 'cases': (
     'any of step, loader, sample, save, prepare',
     lambda words: set(words.split()) <= {'step', 'loader', 'sample', 'save', 'prepare'})}

@@ -13,11 +13,11 @@ if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
     # torch.load never looks at the checksums, and they take as long as the writing.
     torch.serialization.set_crc32_options(False)
 
-warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 warns itself
+warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 itself causes it
 
 
 def exists(path):
-    """Whether there is such a file. OSError if the disk does not answer: it may not be empty."""
+    """Whether the file exists. OSError if the disk does not answer: the file may exist."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -28,8 +28,8 @@ def exists(path):
 def save_checkpoint(path, state, best_path=None):
     """Write `state` (tensors and plain types only) so that neither file is ever half written.
 
-    best_path: keep it there too, without a second copy of the data where the file system has hard
-    links. OSError if the file cannot be written; what was there before stands.
+    best_path: save it there too, as a hard link if the file system has them, else as a copy.
+    OSError if the file cannot be written; existing checkpoints are untouched.
     """
     tmp = f'{path}.tmp'
 
@@ -60,13 +60,13 @@ def save_checkpoint(path, state, best_path=None):
                 shutil.copyfile(tmp, f'{best_path}.tmp')
             os.replace(f'{best_path}.tmp', best_path)
         os.replace(tmp, path)  # a pod can be killed mid-save; a rename is all or nothing
-    except (OSError, RuntimeError) as e:  # torch.save may wrap an OSError of the file
-        sweep()  # it would keep a full disk full
+    except (OSError, RuntimeError) as e:  # torch.save may wrap the file's OSError
+        sweep()  # leftovers would keep a full disk full
         raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """torch < 2.0 refuses every float under weights_only; this is as strict, but for those."""
+    """torch < 2.0 refuses floats under weights_only; this is just as strict, but accepts them."""
 
     def find_class(self, module, name):
         if f'{module}.{name}' not in ('collections.OrderedDict', 'torch._utils._rebuild_tensor_v2'):
@@ -84,10 +84,10 @@ def load_plain(path):
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved at path, or nanoGPT, on the CPU; code in it is never run."""
+    """The dict that train.py or nanoGPT saved at path, on the CPU; code in it is never run."""
     if not exists(path):
-        raise ValueError(f'no {path}: expected a checkpoint of train.py, which starts anew with '
-                         '--init_from=auto')
+        raise ValueError(f'{path} does not exist: expected a checkpoint of train.py, which starts '
+                         'a new run with --init_from=auto')
     try:
         ckpt = load_plain(str(path))
     except Exception as error:  # a damaged file can raise anything from torch.load
@@ -108,7 +108,7 @@ def load_checkpoint(path):
 
 def check_fits(ckpt, shape, meta, optimizer):
     """ValueError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
-    saved = {**vars(GPTConfig()), **ckpt['model_args']}  # nanoGPT's first ones lack the bias
+    saved = {**vars(GPTConfig()), **ckpt['model_args']}  # nanoGPT's first checkpoints lack bias
     for name, old in saved.items():
         value = getattr(shape, name, 'unknown')
         if value != old and name not in ('dropout', 'vocab_size'):
@@ -125,7 +125,7 @@ def check_fits(ckpt, shape, meta, optimizer):
 def check_vocabulary(ckpt, meta):
     """ValueError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
     ours, theirs = ({key: value for key, value in m.items() if key not in ('tokens', 'source')}
-                    for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's does not say
+                    for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's have none
     size, need = ckpt['model_args'].get('vocab_size', 50257), meta['vocab_size']
     if ours != theirs or need > size:
         what = f'has {size} tokens, the data needs {need}' if need > size else "is not the data's"
@@ -134,7 +134,7 @@ def check_vocabulary(ckpt, meta):
 
 
 def load_optimizers(optimizers, saved):
-    """Give optimizers their saved state; the rates and decays are this run's, not the saved."""
+    """Give the optimizers their saved state, but keep this run's learning rates and decays."""
     for optimizer, state in zip(optimizers, saved if isinstance(saved, list) else [saved]):
         groups = optimizer.state_dict()['param_groups']
         if [len(g['params']) for g in groups] != [len(g['params']) for g in state['param_groups']]:

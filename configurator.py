@@ -17,13 +17,13 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-FOREIGN = {  # options that people know from elsewhere, and what takes their place
+FOREIGN = {  # options of other programs, and what to use here instead
     'lr': 'type --learning_rate',
     'epochs': 'type --max_iters, in optimizer steps',
     'decay_lr': 'for a constant rate set min_lr equal to learning_rate',
-    'always_save_checkpoint': 'every evaluation is saved: ckpt.pt is the newest, best.pt the best',
+    'always_save_checkpoint': 'every evaluation saves ckpt.pt, and best.pt if it is the best',
     'wandb_log': 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard',
-    'backend': 'NCCL serves CUDA, gloo everything else',
+    'backend': 'it is chosen by device: NCCL for CUDA, else gloo',
 }
 
 
@@ -51,8 +51,8 @@ def options(namespace):
 def override(defaults, argv, script, limits=None):
     """`defaults` after every config file and --key=value of `argv`, in the order given.
 
-    limits: {'one or more names': (what is expected, in words; whether a value is that)}. A mistake
-    ends the program in one line; --help, after printing the options as they are set before it.
+    limits: {'one or more names': (the expected values, in words; a function that checks a value)}.
+    A mistake ends the program with one line. --help prints the options, as set so far, and exits.
     """
     values = dict(defaults)
     with user_errors():
@@ -60,7 +60,7 @@ def override(defaults, argv, script, limits=None):
             if arg in ('-h', '--help'):
                 with suppress(BrokenPipeError):  # of `| head`
                     sys.exit(print(usage(values, script), flush=True))
-                os._exit(0)  # a clean exit would flush, and fail, once more
+                os._exit(0)  # a normal exit would flush again, and fail again
             if not arg.startswith('--'):
                 read_config(arg, defaults, values)
                 continue
@@ -79,7 +79,7 @@ def override(defaults, argv, script, limits=None):
 
 @contextmanager
 def user_errors(*kinds):
-    """One line for what a user can mend, by default ValueError and OSError; not for a bug."""
+    """End with one line on a user's mistake, by default ValueError or OSError; not on a bug."""
     try:
         yield
     except (kinds or (ValueError, OSError)) as error:  # noqa: B030
@@ -87,7 +87,7 @@ def user_errors(*kinds):
 
 
 def this_script():
-    """The script's name and, where several processes share a log, this one's rank."""
+    """The script's name, and this process's rank if it is one of several."""
     alone = os.environ.get('WORLD_SIZE', '1') == '1'
     return Path(sys.argv[0]).name + ('' if alone else f': rank {os.environ.get("RANK")}')
 
@@ -115,7 +115,7 @@ def read_config(path, defaults, values):
         raise ValueError(f'{path}: no such config file; expected config/x.py or --key=value')
     try:
         namespace = runpy.run_path(path, values)
-    except Exception as e:  # whatever a config file may raise: name the file, and say what
+    except Exception as e:  # a config file may raise anything: report the file and the error
         raise ValueError(f'{path}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
         if not key.startswith('_'):
@@ -132,11 +132,11 @@ def check_known(key, defaults, where):
 
 
 def parse(value, default, where):
-    """The value that this text spells for an option whose default is `default`."""
+    """The text as a value of the same type as `default`."""
     if isinstance(default, bool) or default == 'auto':
         value = {'true': True, 'false': False}.get(value.lower(), value)
     elif isinstance(default, (int, float)):
-        with suppress(ValueError):  # what is no number stays text, which check_type refuses
+        with suppress(ValueError):  # other text is left for check_type to refuse
             value = type(default)(value)
     return check_type(value, default, where)
 

@@ -1,7 +1,7 @@
-"""Several processes as one run: join the others, agree with them, notice a lost one, leave.
+"""Several processes as one run: join the others, agree with them, detect a lost process, exit.
 
-Who a process is stands in RANK, LOCAL_RANK and WORLD_SIZE; where rank 0 listens, in MASTER_ADDR
-and MASTER_PORT. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
+RANK, LOCAL_RANK and WORLD_SIZE identify a process; MASTER_ADDR and MASTER_PORT are the address of
+rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
 """
 import configurator
 
@@ -21,8 +21,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# What gloo, NCCL and the store say, torch 1.13 to 2.14, when another process is gone or hangs.
-# The classes of torch 2 for it (DistBackendError, ...) also stand for mistakes.
+# Errors of gloo, NCCL and the store, torch 1.13 to 2.14, when another process is gone or hangs.
+# Their classes in torch 2 (DistBackendError, ...) are not enough: they also report mistakes.
 LOST_PEER = re.compile(
     'closed by peer|reset by peer|broken pipe|connection (was|refused|closed)|connectFullMesh|'
     'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
@@ -33,7 +33,7 @@ UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all p
 
 
 def environment():
-    """(rank, local_rank, world_size), (0, 0, 1) when nobody set them. ValueError for nonsense."""
+    """(rank, local_rank, world_size), (0, 0, 1) if they are not set. ValueError if invalid."""
     env = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_PORT': '', **os.environ}
     names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
     for name in names:
@@ -45,8 +45,8 @@ def environment():
     port = env['MASTER_PORT']
     if world_size > 1 and not (
             'MASTER_ADDR' in env and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ValueError(f'WORLD_SIZE={world_size}: expected MASTER_ADDR and MASTER_PORT beside '
-                         'it, e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
+        raise ValueError(f'WORLD_SIZE={world_size}: expected MASTER_ADDR and MASTER_PORT, '
+                         'too, e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
     return rank, local_rank, world_size
 
 
@@ -57,14 +57,14 @@ def split(sequences, batch_size):
     if rest:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
         raise ValueError(f'{world_size} processes cannot share batch_size x '
-                         f'gradient_accumulation_steps = {sequences} sequences; these can: {valid}')
+                         f'gradient_accumulation_steps = {sequences} sequences; valid: {valid}')
     steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
     return steps, share // steps
 
 
 def leave(code, message=None):
-    """End now, without the clean-up at exit, which can wait for a lost process or abort."""
-    with suppress(RuntimeError, OSError):  # a signal can find print() at work, a pipe be closed
+    """Exit at once, without the usual clean-up, which can wait for a lost process or abort."""
+    with suppress(RuntimeError, OSError):  # a signal can interrupt print(), a pipe be closed
         if message:
             print(message, file=sys.stderr)
         sys.stdout.flush()
@@ -73,7 +73,7 @@ def leave(code, message=None):
 
 
 def leave_in(seconds, code, message=None):
-    """A timer that ends the process, even one that is stuck in a call, unless it is cancelled."""
+    """A timer that ends the process, even if it is stuck in a call, unless cancelled in time."""
     timer = threading.Timer(seconds, leave, [code, message])
     timer.daemon = True
     timer.start()
@@ -82,13 +82,13 @@ def leave_in(seconds, code, message=None):
 
 def is_lost_peer(error):
     """Whether a collective or the store failed because of another process, not of a bug here."""
-    kinds = RuntimeError, TimeoutError, ConnectionError  # torch < 2 has the last two
+    kinds = RuntimeError, TimeoutError, ConnectionError  # torch < 2 raises the last two
     return isinstance(error, kinds) and bool(LOST_PEER.search(str(error)))
 
 
 @contextmanager
 def lost_peers(stop=None, rescue=None):
-    """When another process is lost: call rescue(), if given, and end with 138, to be restarted."""
+    """If another process is lost, call rescue(), if given, and exit with 138, to be restarted."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -101,7 +101,7 @@ def lost_peers(stop=None, rescue=None):
 
 
 class StopRequest:
-    """What SIGTERM and Ctrl-C ask for. Until it is armed they end the process at once."""
+    """A stop requested by SIGTERM or Ctrl-C; until armed, these end the process at once."""
 
     def __init__(self):
         self.armed, self.exit_code, self.noted = False, None, 0  # exit_code: 143, 130 or None
@@ -110,27 +110,27 @@ class StopRequest:
 
     def note(self, signum, frame):
         again = self.exit_code and signum == signal.SIGINT and time.monotonic() - self.noted > 1
-        if not self.armed or again:  # torchrun passes a terminal's Ctrl-C on: that is not a second
+        if not self.armed or again:  # torchrun forwards a terminal's Ctrl-C: not a second one
             leave(128 + signum)
         if self.exit_code != 143:  # SIGTERM wins
             self.exit_code, self.noted = 128 + signum, time.monotonic()
 
 
 def finish(code, stop):
-    """End a run that all ranks leave together, once rank 0 has written its last checkpoint."""
+    """Exit from all ranks together, once rank 0 has written its last checkpoint."""
     if not dist.is_initialized():
         sys.exit(code)
     with lost_peers(stop):
         dist.barrier()
     leave_in(10, code)  # destroying can hang if a process died meanwhile
     with suppress(RuntimeError):
-        dist.destroy_process_group()  # else the others' NCCL threads can miss this one's, and abort
+        dist.destroy_process_group()  # else others' NCCL threads can miss this one's, and abort
     leave(code)
 
 
 def total(numbers, stop):
     """{name: 1-dimensional tensor} summed over all ranks, as the mean of each sum's elements; and
-    the exit code if any rank was asked to stop. One transfer to the host waits for a GPU."""
+    the exit code if any rank was asked to stop. A single transfer to the host waits for the GPU."""
     parts = list(numbers.values())
     cuda = parts[0].is_cuda
     # A pageable copy would make the host wait here, too.
@@ -145,8 +145,8 @@ def total(numbers, stop):
 
 def share(state, device):
     """A copy on the device of rank 0's `state`: dicts, lists and plain values, and tensors in them.
-    An outline travels as JSON, then each tensor by itself: no rank ever holds two copies, and rank
-    0's tensors may be mapped from a file. Tensors without dimensions stay on the host."""
+    An outline is sent as JSON, then tensor by tensor: no rank ever holds two copies, and rank 0's
+    tensors may be mapped from a file. 0-dimensional tensors stay on the host."""
     alone, leads, tensors = not dist.is_initialized(), environment()[0] == 0, []
     if not alone and dist.get_backend() == 'gloo':
         device = 'cpu'
@@ -175,12 +175,12 @@ def share(state, device):
 
 
 def call_the_roll(store, rank, world_size):
-    """The name of a round for which all processes have just said that they are here.
+    """The id of a roll call that all processes have just answered.
 
-    With plain env:// the address of a process that died while joining stays in the store, and the
-    others dial it in vain. Here an answer counts for one second, and for one call.
+    With plain env://, the address of a process that died while joining stays in the store, and the
+    others try in vain to connect to it. Here, an answer is valid for one second and one call.
     """
-    token = uuid.uuid4().hex  # this trial of this process, not its predecessor
+    token = uuid.uuid4().hex  # identifies this process, not the one it replaces
     while rank > 0:
         call, *present = store.get('roll').decode().split()
         if token in present:
@@ -205,8 +205,8 @@ def call_the_roll(store, rank, world_size):
 
 
 def join(backend, timeout_s, arrival_timeout_s=1800):
-    """Make the default process group, whose collectives may take timeout_s; nothing if alone.
-    If not all arrive within arrival_timeout_s, the process ends, to be started again."""
+    """Create the default process group, whose collectives may take timeout_s, unless alone.
+    If not all processes arrive within arrival_timeout_s, this one exits, to be restarted."""
     rank, _, world_size = environment()
     if world_size == 1:
         return
@@ -225,10 +225,10 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
             store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
             call = call_the_roll(store, rank, world_size)
             break
-        except (RuntimeError, OSError):  # rank 0 is not there yet, or its predecessor still is
+        except (RuntimeError, OSError):  # rank 0 is not up yet, or an older one still is
             time.sleep(0.2)
     store.set_timeout(timedelta(seconds=timeout_s))
-    # gloo dials a dead address for 5 times its timeout: keep that short until all are connected.
+    # gloo tries a dead address for 5 times its timeout: keep that short until all are connected.
     raise_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.1: none
     trial_s = 5 if backend == 'gloo' and raise_timeout else timeout_s
     dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,

@@ -4,8 +4,8 @@
     python export.py --out_dir=out --hf_dir=out/hf-best --checkpoint=best.pt --dtype=bfloat16
     python sample.py --init_from=out/hf
 
-A model without biases is written with zeros for them: the same function, as the format needs it.
-The tokenizer goes with it: transformers.pipeline('text-generation', model='out/hf') just works.
+The format needs biases: a model without them is written with zeros, which changes nothing.
+The tokenizer is written, too: transformers.pipeline('text-generation', model='out/hf') just works.
 """
 import configurator
 from configurator import one_of
@@ -33,11 +33,11 @@ with configurator.user_errors():
     ckpt = load_checkpoint(Path(out_dir) / checkpoint)
     model = GPT.from_checkpoint(ckpt)
     padded, files = model.config.vocab_size, {}
-    meta = ckpt.get('meta') or tokens.GPT2_META  # nanoGPT's checkpoints do not say
+    meta = ckpt.get('meta') or tokens.GPT2_META  # nanoGPT's checkpoints have none
     if meta['vocab_size'] > padded:
         meta = {'tokenizer': 'unknown', 'vocab_size': padded}
     if meta['tokenizer'] == 'gpt2':  # as transformers.AutoTokenizer reads it
-        tokens.gpt2_encoding()  # sees to it that data/gpt2 holds OpenAI's files, and checks them
+        tokens.gpt2_encoding()  # puts OpenAI's files into data/gpt2 if need be, and checks them
         for name, openai_name in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):
             files[name] = (tokens.HERE / 'gpt2' / openai_name).read_text(encoding='utf-8')
         files['tokenizer_config.json'] = json.dumps({
@@ -54,7 +54,7 @@ if padded > meta['vocab_size']:
     print(rows, 'were kept: CTranslate2 refuses such a folder' if keep_vocab else
           'were left out; --keep_vocab=True keeps them')
 if not model.config.bias:
-    print('the model has no biases: zeros are in their place')
+    print('the model has no biases: zeros were written in their place')
 if not files:
     print(f'no tokenizer was written: transformers has none for this {meta["tokenizer"]} '
           f'vocabulary; meta in {checkpoint} explains the ids')

@@ -1,4 +1,4 @@
-"""The machine: which device and number format, how fast at best, and batches on their way there."""
+"""The machine: its device, number format and peak speed, and the transfer of batches to it."""
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ PEAK_FLOPS = {
 
 
 def describe(device):
-    """The device's name and memory, for people."""
+    """The device's name and memory, for the log."""
     if torch.device(device).type != 'cuda':
         return str(device)
     gpu = torch.cuda.get_device_properties(device)
@@ -23,13 +23,13 @@ def describe(device):
 
 
 def peak_flops(device):
-    """Dense bfloat16 FLOP/s of a CUDA device, 0 for a device that the table lacks."""
+    """Dense bfloat16 FLOP/s of a CUDA device, 0 if the table lacks it."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0)
 
 
 def peak_memory(device):
-    """{'peak_gib': the most that tensors have taken on a CUDA device so far}, {} for another."""
+    """{'peak_gib': the peak memory of tensors on a CUDA device so far}, {} for other devices."""
     cuda = torch.device(device).type == 'cuda'
     return {'peak_gib': torch.cuda.max_memory_allocated(device) / 2**30} if cuda else {}
 
@@ -45,13 +45,13 @@ def resolve_device(device, local_rank=0):
     if kind not in there or not (index == '' or kind == 'cuda' and index.isdigit()):
         raise ValueError(f'--device={device}: expected auto, cpu, cuda, cuda:0 or mps')
     if not there[kind]:
-        raise ValueError(f'--device={device}: not on this machine; type --device=auto')
+        raise ValueError(f'--device={device}: not available on this machine; type --device=auto')
     if kind != 'cuda':
         return kind
     index, count = int(index or local_rank), torch.cuda.device_count()
     if index >= count:
         raise ValueError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
-                         'and set LOCAL_RANK to 0 where each has its own')
+                         'and set LOCAL_RANK to 0 if each sees its own GPU only')
     torch.cuda.set_device(index)
     torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
     return f'cuda:{index}'

@@ -1,7 +1,7 @@
 """The Hugging Face format of GPT-2: config.json and tensors, in and out, without transformers.
 
     load('gpt2-xl', block_size=512)      # {'model': {name: tensor}, 'model_args': shape}
-    write('out/hf', shape, tensors)      # a new folder, which is there as a whole or not at all
+    write('out/hf', shape, tensors)      # a new folder, written completely or not at all
 
 Shape and tensors are those of model.py, whose from_pretrained and save_pretrained call this.
 """
@@ -14,7 +14,7 @@ MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by Open
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
 SHAPE = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
          'n_head': 'n_head', 'n_embd': 'n_embd'}  # GPTConfig's names, config.json's
-# What model.py is, in the words of Hugging Face's config.json: written there, and asked of it.
+# What model.py computes, in the terms of config.json: written by write(), required by load().
 GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
         'add_cross_attention': False, 'tie_word_embeddings': True}
@@ -28,24 +28,24 @@ def read_json(path):
 
 
 def download(name):
-    """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, fetched if need be."""
+    """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, downloaded if needed."""
     if name not in MODELS:
         raise ValueError(f'{name}: expected {", ".join(MODELS)} or a folder with a config.json')
     from huggingface_hub import hf_hub_download
     try:
         paths = [hf_hub_download(f'openai-community/{name}', file)
                  for file in ('config.json', 'model.safetensors')]
-    except Exception as error:  # the hub and the network raise a dozen kinds
+    except Exception as error:  # the hub and the network raise a dozen types
         raise ValueError(f'{name}: could not be downloaded ({type(error).__name__}): set '
                          'HF_ENDPOINT to a mirror, or name a folder with its files') from error
     return Path(paths[0]).parent
 
 
 def load(source, block_size=None):
-    """What `source`, one of MODELS or a folder, holds, in the form of a checkpoint of train.py, its
-    positions cut to block_size. The tensors are mapped files, read when they are copied.
-    ValueError, in one line, for what is not a GPT-2 or lacks a part."""
-    from safetensors import SafetensorError, safe_open  # here: most runs need none of it
+    """The weights in `source`, one of MODELS or a folder, in the form of train.py's checkpoints,
+    with positions cut to block_size. The tensors are mapped files, read when they are copied.
+    ValueError, in one line, if it is not a GPT-2 or not complete."""
+    from safetensors import SafetensorError, safe_open  # here, since most runs do not need it
     folder = Path(source)
     if not (folder / 'config.json').exists():
         folder = download(source)
@@ -70,19 +70,19 @@ def load(source, block_size=None):
     for file in files:
         try:
             for key in list(safe_open(file, framework='pt').keys()):
-                # Opened anew, each tensor has a mapping of its own, which ends with it.
+                # Opened again for each tensor, so that each has its own mapping, freed with it.
                 tensor = safe_open(file, framework='pt').get_tensor(key)
                 tensor = tensor[:block_size] if key.endswith('wpe.weight') else tensor
                 name = f'transformer.{key.removeprefix("transformer.")}'  # OpenAI's have no prefix
                 tensors[name] = tensor.T if key.endswith(CONV1D) else tensor
         except (OSError, SafetensorError) as error:
-            raise ValueError(f'{file}: {error}: expected a whole safetensors file') from error
+            raise ValueError(f'{file}: {error}: expected a complete safetensors file') from error
     return {'model': tensors, 'model_args': {**shape, 'block_size': block_size or T, 'bias': True}}
 
 
 def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
-    """Make `folder`, new or empty: the tensors in dtype, the first vocab_size embeddings (None: as
-    they are), files {name: text}. Biases that the model lacks become zeros, which the format needs.
+    """Make `folder`, new or empty: the tensors in dtype, the first vocab_size embeddings (None:
+    all), and files {name: text}. The format needs biases: missing ones are written as zeros.
     ValueError, before anything is written, if the format has no place for a tensor."""
     import safetensors.torch
     path = Path(folder).resolve()
@@ -105,7 +105,7 @@ def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
             tensor = tensors[name.replace('bias', 'weight')].new_zeros(place)
         size = 'missing' if tensor is None else tuple(tensor.shape)
         if size != place:
-            raise ValueError(f'{name} is {size}, but the format has {place}: it holds GPT-2 alone')
+            raise ValueError(f'{name} is {size}, but the format has {place}: it fits GPT-2 only')
         tensor = tensor.T if name.endswith(CONV1D) else tensor
         out[name] = tensor.detach().to('cpu', dtype or tensor.dtype).contiguous()
     end = {f'{x}os_token_id': 50256 if V > 50256 else None for x in 'be'}
@@ -113,7 +113,7 @@ def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
               **{theirs: shape[ours] for ours, theirs in SHAPE.items()},
               'torch_dtype': str(out[name].dtype).removeprefix('torch.'),
               **{f'{x}_pdrop': shape['dropout'] for x in ('attn', 'embd', 'resid')}}
-    # Without a max_length transformers' pipeline asks for 256 tokens, past a short block_size.
+    # Without max_length, transformers' pipeline asks for 256 tokens, past a short block_size.
     files = {**(files or {}), 'config.json': json.dumps(config, indent=2),
              'generation_config.json': json.dumps({**end, 'max_length': T}, indent=2)}
     part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')

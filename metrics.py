@@ -6,14 +6,14 @@ import shutil
 import sys
 from contextlib import suppress
 
-# How people see the numbers that are not losses; of others, the name and four decimals.
+# Formats in the log; any number without one, such as a loss, has its name and four decimals.
 SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms',
          'tok_per_sec': '{:,.0f} tok/s', 'mfu': 'mfu {:.3f}', 'peak_gib': '{:.1f} GiB',
          'eval_s': '{:.1f} s'}
 
 
 def open_board(folder):
-    """TensorBoard's writer on an emptied folder (log.jsonl has all that it held), or None."""
+    """TensorBoard's writer on an emptied folder (log.jsonl has all its numbers), or None."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -35,10 +35,10 @@ def open_bar(iter_num, max_iters):
 
 
 class Log:
-    """The numbers of a run, cut back to step `iter_num`, from which it resumes: none is told twice.
+    """The log of a run. On resume, it is truncated to step `iter_num`: no step is logged twice.
 
-    val_loss: None if that step's evaluation was not told yet. Only the main process speaks; with
-    eval_only it writes no files. peak_tok_per_sec: at an MFU of 1, 0 if unknown.
+    val_loss: None if that step's evaluation is not logged yet. Only the main process logs; with
+    eval_only, it writes no files. peak_tok_per_sec: tokens/s at an MFU of 1, 0 if unknown.
     """
 
     def __init__(self, config, is_main, iter_num, val_loss, tokens_per_step, peak_tok_per_sec):
@@ -70,7 +70,7 @@ class Log:
         self.bar = open_bar(iter_num, config['max_iters'])
 
     def step(self, iter_num, seconds, numbers):
-        """Tell every log_interval-th step, and the last; the time is the mean since then."""
+        """Log every log_interval-th step and the last; the time is the mean since the last line."""
         self.seconds.append(seconds)
         if iter_num % self.config['log_interval'] and iter_num != self.config['max_iters']:
             return
@@ -81,7 +81,7 @@ class Log:
             'mfu': tok_per_sec / self.peak_tok_per_sec if self.peak_tok_per_sec else None})
 
     def tell(self, iter_num, numbers):
-        """Write {name: number or None} of a step or an evaluation, and show it to people."""
+        """Write {name: number or None} of a step or an evaluation to all logs, and print it."""
         entry = {'iter': iter_num, **{name: value if math.isfinite(value or 0) else None
                                       for name, value in numbers.items()}}
         shown = [SHOWN.get(name, name.replace('_', ' ') + ' {:.4f}').format(value)

@@ -2,7 +2,7 @@
 
     model = GPT(GPTConfig())                 # GPT-2 124M with fresh weights
     logits, _ = model(idx)                   # idx (B, T) token ids -> (B, T, vocab_size)
-    _, loss = model(idx, targets)            # mean cross-entropy in nats, made without the logits
+    _, loss = model(idx, targets)            # mean cross-entropy in nats; no logits
     idx = model.generate(idx, 100)           # (B, T + 100)
 
 The architecture is that of "Language Models are Unsupervised Multitask Learners" (Radford et al.,
@@ -21,7 +21,7 @@ try:
 except ImportError:  # torch 2.1 has it elsewhere, torch 1.13 has no compiler
     is_compiling = getattr(torch._utils, 'is_compiling', lambda: False)
 
-MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, no weights
+MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, not weights
 
 
 @dataclass
@@ -52,8 +52,8 @@ def layer_norm(config):
 def attention(q, k, v, causal, dropout):
     """softmax(q k^T / sqrt(hs)) v on (B, nh, T, hs); causal: position t sees only 0..t."""
     B, nh, T, hs = q.shape
-    # On a CPU, torch's fused attention in bfloat16 takes thrice as long forward and backward as
-    # the plain form; that one keeps T x T weights, so only short sequences use it.
+    # On a CPU in bfloat16, torch's fused attention takes three times as long, forward and backward,
+    # as the plain form, which stores T x T weights and so is used for short sequences only.
     plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 256
     if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 has none
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
@@ -114,7 +114,7 @@ class Block(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy whose logits (N, V), by far the largest tensor, exist once: their gradient is
     written over them, `rows` at a time in float32. Same loss, same gradients, a tenth faster."""
-    rows = 64  # on a CPU, whose cache holds them; a GPU wants few and large kernels
+    rows = 64  # on a CPU, whose cache they fit into; a GPU is faster with few large kernels
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -148,7 +148,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     ids = None
-    if top_k or top_p not in (None, 1):  # the likeliest first; and few are drawn from faster
+    if top_k or top_p not in (None, 1):  # likeliest first; drawing from few is faster
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     probs = (logits / temperature).softmax(-1)
     if top_p not in (None, 1):
@@ -180,14 +180,14 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx, targets (B, T) -> (logits (B, T, vocab_size), None), or (None, loss) with targets:
-        the loss in nats never needs all logits at once, and they are the largest tensor by far."""
+        the mean in nats. The logits, by far the largest tensor, are then not returned."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
         return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def hidden(self, idx, cache=None, n=0):
-        """The last layer's output (B, T, C), normed. cache: of `new_cache`, filled up to n."""
+        """The last layer's output (B, T, C), normalized. cache: a `new_cache`, filled up to n."""
         T = idx.size(1)
         assert n + T <= self.config.block_size, f'{n + T} tokens > {self.config.block_size=}'
         positions = torch.arange(n, n + T, device=idx.device)
@@ -237,7 +237,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def load_weights(self, source, tensors):
         """Copy `tensors`, named as in state_dict(), into the model; ValueError if they are another
-        model's. Each leaves the dict when copied, and with it the memory of a mapped file."""
+        model's. Each is dropped from the dict once copied, which frees the mapped file's memory."""
         own = self.state_dict()
         if self.lm_head.weight is self.transformer.wte.weight:
             del own['lm_head.weight']  # one weight under two names
@@ -253,7 +253,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, ckpt, **changed):
-        """The GPT in ckpt, which `load_checkpoint` returned. changed: e.g. dropout=0.1."""
+        """The GPT in ckpt, a dict from `load_checkpoint`. changed: e.g. dropout=0.1."""
         args, fields = {**ckpt['model_args'], **changed}, GPTConfig.__dataclass_fields__
         if not args.keys() <= fields.keys():
             raise ValueError(f'checkpoint: model_args are {", ".join(args)}: '
@@ -266,7 +266,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, block_size=None, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
         in a folder of that format. A smaller block_size cuts the positions."""
-        import huggingface  # here: to train from scratch needs none of it
+        import huggingface  # here, since training from scratch does not need it
         ckpt = huggingface.load(source, block_size)
         model = cls(GPTConfig(**ckpt['model_args'], dropout=dropout))
         model.load_weights(source, ckpt['model'])
@@ -274,14 +274,14 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None):
         """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder; dtype is
-        the file's, vocab_size the number of embeddings in it, files {name: bytes} what else."""
+        the file's, vocab_size its number of embeddings, files {name: text} are written, too."""
         import huggingface
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
 
     # ------------------------------------------------------------------------------- generation
     def new_cache(self, B):
-        """Room for the keys and values of block_size positions, for each layer."""
+        """Buffers for the keys and values of block_size positions, for each layer."""
         c, weight = self.config, self.lm_head.weight
         # A CPU's attention of one query in bfloat16 takes three times as long.
         dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
@@ -294,7 +294,7 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
         above vocab_size (a padded vocabulary) are never drawn. Within block_size, keys and values
-        are kept; past it the window slides, every position changes and all is computed anew."""
+        are kept; past it the window slides, every position changes and all is recomputed."""
         window, cache, n = idx[:, -self.config.block_size:], self.new_cache(idx.size(0)), 0
         for _ in range(max_new_tokens):
             x = self.hidden(window[:, n:], cache, n)[:, -1]

@@ -1,4 +1,4 @@
-"""Loss curves out of log.jsonl, also of a run under way: as a picture, or for TensorBoard.
+"""Plot the losses in log.jsonl, also while a run is training: as a picture, or for TensorBoard.
 
     python plot.py --out_dir=out-shakespeare-char         # -> out-shakespeare-char/loss.svg
     python plot.py --out_dir=out-a,out-b --out=both.png   # several runs in one picture
@@ -10,9 +10,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-out_dir = 'out'  # folder of a run, or of several with commas between
+out_dir = 'out'  # folder of a run, or of several, separated by commas
 out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
-tensorboard = ''  # folder for TensorBoard's event files, which are made in place of a picture
+tensorboard = ''  # folder for TensorBoard's event files, written instead of a picture
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 with configurator.user_errors():
     runs = {folder: [] for folder in out_dir.split(',')}  # (step, name, number) of each
@@ -23,10 +23,10 @@ with configurator.user_errors():
                 step = entry.pop('iter')
                 numbers += [(step, *item) for item in entry.items() if None not in item]
         if not any('loss' in name for _, name, _ in numbers):
-            raise ValueError(f'{run}/log.jsonl: no loss in it yet')
+            raise ValueError(f'{run}/log.jsonl: no loss logged yet')
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        for run, numbers in runs.items():  # purge_step: in place of what older files say
+        for run, numbers in runs.items():  # purge_step: replaces what older files have
             with SummaryWriter(Path(tensorboard, Path(run).name), purge_step=0) as board:
                 for step, name, number in numbers:
                     board.add_scalar(name, number, step)

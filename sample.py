@@ -1,4 +1,4 @@
-"""Text from a checkpoint, or from GPT-2.
+"""Generate text with a checkpoint, or with GPT-2.
 
     python sample.py                                              # the newest checkpoint in out/
     python sample.py --out_dir=out-shakespeare-char --start='O Romeo'
@@ -21,17 +21,17 @@ from hardware import resolve_device, resolve_dtype
 from model import GPT
 
 out_dir = 'out'  # folder of the checkpoint
-checkpoint = 'ckpt.pt'  # which of its files: ckpt.pt (newest) or best.pt (lowest validation loss)
+checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
 init_from = 'resume'  # resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder
 start = '\n'  # the text to continue, or FILE:path to take it from a file
 num_samples = 1  # texts, one after the other
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # below 1: likelier, above 1: stranger, 0: always the likeliest token
 top_k = 200  # draw from this many likeliest tokens; 0: from all
-top_p = 1.0  # draw from the likeliest tokens that have this probability together; 1: from all
+top_p = 1.0  # draw from the likeliest tokens with this total probability; 1: from all
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-dtype = 'auto'  # of the weights: auto (bfloat16 where there is hardware for it), float32, ...
+dtype = 'auto'  # of the weights: auto (bfloat16 where the hardware has it), float32, ...
 limits = {'num_samples': at_least(1), 'max_new_tokens top_k': at_least(0),
           'temperature': ('0, or 0.0001 or more', lambda value: value == 0 or value >= 1e-4),
           'top_p': ('more than 0, at most 1', lambda value: 0 < value <= 1),
@@ -45,7 +45,7 @@ with configurator.user_errors():
     if init_from == 'resume':
         ckpt = load_checkpoint(Path(out_dir) / checkpoint)
         model = GPT.from_checkpoint(ckpt)
-        meta = ckpt.get('meta') or tokens.GPT2_META  # a checkpoint of nanoGPT does not say
+        meta = ckpt.get('meta') or tokens.GPT2_META  # nanoGPT's checkpoints have none
     else:
         model, meta = GPT.from_pretrained(init_from), tokens.GPT2_META
     if meta['vocab_size'] > model.config.vocab_size:
@@ -62,11 +62,11 @@ torch.manual_seed(seed)
 idx = torch.tensor([prompt], device=place)
 n_tokens, began = 0, time.perf_counter()
 if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, and that is no fault
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it: no error
 with suppress(KeyboardInterrupt):
     for _ in range(num_samples):
         print(text, end='', flush=True)
-        held = []  # tokens whose last character is not whole yet
+        held = []  # tokens whose last character is incomplete
         for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p,
                                   meta['vocab_size']):
             held.append(token.item())

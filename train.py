@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 # ---------------------------------------------------------------------------------- config
 # the run
 out_dir = 'out'  # folder for ckpt.pt, best.pt, log.jsonl, config.json and tb/ (TensorBoard)
-init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], a folder
+init_from = 'scratch'  # scratch, resume, auto (resume if it can), gpt2[-medium|-large|-xl], folder
 max_iters = 600_000  # optimizer steps in all
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches of batch_size sequences per evaluation and split
@@ -42,7 +42,7 @@ seed = 1337  # of the initial weights, the batches and dropout
 # the data
 dataset = 'openwebtext'  # folder below data/, or a path
 block_size = 1024  # tokens per sequence
-batch_size = 12  # sequences per micro-step and process, at most: what fits into memory
+batch_size = 12  # sequences per micro-step and process, at most; limited by memory
 gradient_accumulation_steps = 40  # global batch = batch_size x this, over all processes
 # the model
 n_layer = 12  # blocks
@@ -66,7 +66,7 @@ grad_clip = 1.0  # maximum norm of the whole gradient; 0: no clipping
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto (bfloat16 where the hardware has it), float32, bfloat16, float16
 compile = 'auto'  # torch.compile: auto (on for CUDA), True, False
-dist_timeout = 600  # seconds after which a silent process counts as lost
+dist_timeout = 600  # seconds after which an unresponsive process counts as lost
 grad_compress = False  # all-reduce gradients as bfloat16: half the bytes on a slow network
 limits = {
     'max_iters checkpoint_interval warmup_iters lr_decay_iters': at_least(0),
@@ -81,7 +81,7 @@ config = configurator.override(configurator.options(globals()), sys.argv[1:], __
 globals().update(config)
 
 # ----------------------------------------------------------------------------- distributed
-# Nothing joins yet: each process finds all that a user can get wrong by itself, in seconds.
+# No process has joined yet: each can find a user's mistakes by itself, in seconds.
 stop = distributed.StopRequest()  # SIGTERM, Ctrl-C
 with user_errors():
     rank, local_rank, world_size = distributed.environment()
@@ -89,7 +89,7 @@ with user_errors():
     amp_dtype = hardware.resolve_dtype(dtype, torch_device)
     decay_end = lr_decay_iters or max_iters
     if warmup_iters > decay_end > 0:
-        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most {decay_end}, all steps')
+        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp, is_main = world_size > 1, rank == 0
@@ -120,7 +120,7 @@ def eval_rows(split):
 # ----------------------------------------------------------------------------------- model
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 with user_errors():
-    # GPT-2's 50,257 tokens are padded: matrix kernels like multiples of 64.
+    # GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
     vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
     shape = GPTConfig(vocab_size=vocab_size, **shape)
@@ -137,12 +137,12 @@ with user_errors():
         state = {}
     if is_main and not eval_only:
         os.makedirs(out_dir, exist_ok=True)
-weights = state.pop('model', None)  # rank 0's: DDP gives them to the others
+weights = state.pop('model', None)  # rank 0's: DDP sends them to the others
 origin = 'scratch' if weights is None else ckpt_path if 'iter_num' in state else init_from
 finished = state.get('val_loss') is not None and state['iter_num'] >= max_iters and not eval_only
 if finished and ddp and not distributed.UNDER_TORCHRUN:
-    # Started again after the end, when the others have left: do not wait for them.
-    sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps'))
+    # Restarted after the end of the run, when the others have exited: do not wait for them.
+    sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps: nothing to do'))
 torch.manual_seed(seed)
 with distributed.lost_peers():
     distributed.join('nccl' if torch_device.type == 'cuda' else 'gloo', dist_timeout)
@@ -153,12 +153,12 @@ with distributed.lost_peers():
         with user_errors():
             raw_model.load_weights(origin, weights)  # copied out of the mapped file
     compiled = torch_device.type == 'cuda' if compile == 'auto' else compile
-    # Batches of training and evaluation may differ in rows. That is two compilations: DDP cuts the
-    # model into parts, which cannot be compiled for any number of rows.
+    # Batches of training and evaluation may differ in rows, and each size is compiled: DDP splits
+    # the model into parts, which cannot be compiled for a dynamic number of rows.
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if ddp and grad_compress:  # under its own name DDP refuses the hook on gloo, where it works
+    if ddp and grad_compress:  # DDP itself refuses this hook on gloo, where it works
         model.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 autocast = hardware.autocast(torch_device, amp_dtype)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
@@ -172,7 +172,7 @@ with user_errors():
         torch_device.type)
     if 'optimizer' in state:
         checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
-scaler = hardware.grad_scaler(amp_dtype == 'float16')  # else its small gradients become 0
+scaler = hardware.grad_scaler(amp_dtype == 'float16')  # else its small gradients underflow
 scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 
 
@@ -202,7 +202,7 @@ log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} 
 
 @torch.no_grad()
 def evaluate():
-    """{name: mean loss of a split}, and the exit code if a stop was asked for."""
+    """{name: mean loss of a split}, and the exit code if a stop was requested."""
     began = time.perf_counter()
     model.eval()
     losses = {f'{split}_loss': torch.zeros(eval_iters, device=torch_device) for split in data}
@@ -211,7 +211,7 @@ def evaluate():
             if stop.exit_code:
                 break
             with autocast:
-                places[rank + i * world_size] = model(X, Y)[1]  # exact: the others add zeros
+                places[rank + i * world_size] = model(X, Y)[1]  # exact: other ranks add zeros
     model.train()
     numbers, exit_code = distributed.total(losses, stop)
     return {**numbers, 'eval_s': time.perf_counter() - began}, exit_code
@@ -231,8 +231,8 @@ def save(best=False):
 with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         stop, rescue=save if is_main and not eval_only else None):
     if ddp and not eval_only:
-        # DDP settles the order of its sums in its first backward pass: spend one before step 1, so
-        # that a resumed run adds up like an uncut one.
+        # DDP fixes the order of its sums in its first backward pass: run one before step 1, so that
+        # a resumed run sums in the same order as an uninterrupted one.
         rows = torch.zeros(micro_batch_size, block_size + 1, dtype=torch.int64, device=torch_device)
         with autocast:
             model(rows[:, :-1], rows[:, 1:])[1].backward()
@@ -245,7 +245,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         if eval_only or not exit_code and val_loss is None and (
                 last or iter_num % eval_interval == 0):
             numbers, exit_code = evaluate()
-            new = not exit_code  # a stop cut it short
+            new = not exit_code  # else a stop cut it short
         if new:
             val_loss = numbers['val_loss']
             if not math.isfinite(val_loss):
@@ -280,7 +280,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
             scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         numbers = {'loss': loss_sum / world_size, 'grad_norm': grad_norm.view(1) / world_size}
-        # Here all ranks agree, and a GPU is waited for: whoever passes takes the step, as all do.
+        # All ranks agree here, the only wait for a GPU: either all of them take the step or none.
         numbers, exit_code = distributed.total(numbers, stop)
         finite = math.isfinite(numbers['grad_norm'])
         # float16's scaler expects infinite gradients now and then: it skips the step.

@@ -5,8 +5,8 @@
     python train.py config/eval_gpt2.py --init_from=gpt2-xl              # or -medium, -large
 
 nanoGPT's README reports 3.12 for gpt2, 2.84 for -medium, 2.67 for -large and 2.54 for -xl. Not
-measured here: the hub is out of reach. GPT-2 learned from WebText, which was never published, so
-a model that learned from OpenWebText itself does better (124M: 2.85).
+measured here: the hub was out of reach. GPT-2 was trained on WebText, which was never published,
+so a model trained on OpenWebText itself does better (124M: 2.85).
 """
 init_from = 'gpt2'
 eval_only = True

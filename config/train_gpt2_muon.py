@@ -3,9 +3,9 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_muon.py  # GPUs of 16 GB
 
 Muon (Jordan et al., 2024) makes each matrix's update orthogonal; AdamW keeps the embeddings and the
-norms. On a 10M-parameter model with GPT-2's tokens, 0.6 of AdamW's steps ended below AdamW's final
-loss (RECORDS.md), hence 0.6 of the 600,000 steps here. At 124M nothing of it was measured by us:
-no GPU was at hand. Muon needs torch >= 2.9.
+norms. On a 10M-parameter model with GPT-2's tokens, Muon got below AdamW's final loss in 0.6 of
+AdamW's steps (RECORDS.md), hence 0.6 of the 600,000 steps here. At 124M it was not measured: no GPU
+was available. Muon needs torch >= 2.9.
 """
 out_dir = 'out-gpt2-muon'
 init_from = 'auto'
@@ -13,8 +13,8 @@ init_from = 'auto'
 # 12 sequences x 40 x 1024 tokens = 491,520 tokens per step, as in train_gpt2.py
 max_iters = 360_000  # 0.6 x 600,000
 optimizer = 'muon'
-muon_learning_rate = 0.02  # an orthogonal update has entries of one size: the rate hardly depends
-learning_rate = 1.8e-3  # on width. AdamW's: 3 x train_gpt2.py's, for embeddings and norms alone
+muon_learning_rate = 0.02  # orthogonal updates have one size: the rate hardly depends on width
+learning_rate = 1.8e-3  # AdamW's: 3 x train_gpt2.py's, for the embeddings and norms only
 min_lr = 1.8e-4
 
 eval_interval = 1000

@@ -1,4 +1,4 @@
-"""2000 steps of a GPT-2 124M on OpenWebText-10k: does the cluster train? job_test.yaml.
+"""2000 steps of GPT-2 124M on OpenWebText-10k, to test a cluster with job_test.yaml.
 
     python train.py config/train_gpt2_test.py
     kubectl create -f job_test.yaml
@@ -7,7 +7,7 @@ out_dir = 'out-gpt2-test'
 init_from = 'auto'
 dataset = 'openwebtext-10k'
 
-# 8 sequences x 8 x 1024 tokens = 65,536 tokens per step; 1, 2, 4, ... 64 processes can share it
+# 8 sequences x 8 x 1024 tokens = 65,536 tokens per step; 1, 2, 4, ... 64 processes can share them
 batch_size = 8
 gradient_accumulation_steps = 8
 

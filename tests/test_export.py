@@ -319,7 +319,7 @@ def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, more
 
 
 @pytest.mark.parametrize(('option', 'said'), [
-    ('--out_dir=nowhere', 'no nowhere/ckpt.pt: expected'), ('--checkpoint=best.pt', 'best.pt'),
+    ('--out_dir=nowhere', 'nowhere/ckpt.pt does not exist'), ('--checkpoint=best.pt', 'best.pt'),
     ('--dtype=int8', '--dtype=int8: expected float32 or'), ('--dtyp=float32', 'did you mean dtype'),
     *((f'--hf_dir={name}', f'{name} exists and is not empty: expected a new or an empty folder')
       for name in ('ours', 'notes', 'file'))])  # somebody's model, notes and file

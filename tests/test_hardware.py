@@ -44,8 +44,8 @@ def test_the_device_is_the_one_asked_for_or_the_best(has, asked, local_rank, dev
     *((TWO, name, 0, f'--device={name}: expected auto, cpu, cuda') for name in UNKNOWN),
     (TWO, 'cuda:2', 0, 'cuda:2: this machine has 2 GPUs'),
     (TWO, 'auto', 2, 'cuda:2: this machine has 2 GPUs: start one process per GPU, and set LOCAL'),
-    ({'names': ['A100']}, 'mps', 0, '--device=mps: not on this machine; type'),
-    (NONE, 'cuda:1', 0, '--device=cuda:1: not on this machine; type')])
+    ({'names': ['A100']}, 'mps', 0, '--device=mps: not available on this machine; type'),
+    (NONE, 'cuda:1', 0, '--device=cuda:1: not available on this machine; type')])
 def test_a_device_that_is_not_there_is_refused(has, asked, local_rank, says, machine):
     machine(**has)
     with pytest.raises(ValueError, match=f'^{says}.*$'):

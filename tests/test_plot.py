@@ -50,8 +50,8 @@ def test_tensorboard_gets_every_number_once(runs):
 
 @pytest.mark.parametrize(('log', 'option', 'said'), [
     (LOG, '--out_dir=gone', "No such file or directory: 'gone/log.jsonl'"),
-    ('{"iter": 0}\n{"iter": 1, "lo', '--out=', 'out-a/log.jsonl: no loss in it yet'),
-    ('[1]\n\x00\x00\nnull\n{"loss": 1.0}\n', '--out=', 'out-a/log.jsonl: no loss in it yet'),
+    ('{"iter": 0}\n{"iter": 1, "lo', '--out=', 'out-a/log.jsonl: no loss logged yet'),
+    ('[1]\n\x00\x00\nnull\n{"loss": 1.0}\n', '--out=', 'out-a/log.jsonl: no loss logged yet'),
     (LOG, '--out=a.doc', "Format 'doc' is not supported"),
     (LOG, '--out=no/a.svg', "No such file or directory: 'no/a.svg'"),
 ])

@@ -176,7 +176,7 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
     write_source(source, [*texts[:val], None, *texts[val + 1:]])
     assert 'no tokens for val' in fails(repo, 'openwebtext', f'--source={source}')
     write_source(source, [None] * 9)
-    assert 'not one of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
+    assert 'none of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
 
 
 @pytest.mark.parametrize(('name', 'place'), [

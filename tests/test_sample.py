@@ -105,7 +105,7 @@ def test_text_arrives_while_it_is_made_in_whole_characters_of_the_tokenizer(tmp_
 
 
 @pytest.mark.parametrize(('option', 'said'), [
-    ('--out_dir=/nowhere', 'no /nowhere/ckpt.pt: expected a checkpoint of train.py'),
+    ('--out_dir=/nowhere', '/nowhere/ckpt.pt does not exist: expected a checkpoint'),
     ('--topk=3', 'unknown option topk; did you mean top_k?'),
     ('--start=ß', "'ß' is not among the 31 characters"),
     ('--start=FILE:/nowhere.txt', "'/nowhere.txt'"),

@@ -59,7 +59,7 @@ def test_missing_files_name_the_prepare_script(folder):
         (folder / f'{name}.bin').unlink()
         refused(f'{name}.bin is missing .* run python {folder}/prepare.py', tokens.Tokens, folder,
                 name)
-    refused('data sets here: .*shakespeare_char', tokens.load_meta, folder / 'elsewhere')
+    refused('available data sets: .*shakespeare_char', tokens.load_meta, folder / 'elsewhere')
 
 
 @pytest.mark.parametrize('size', [0, 19_998, 19_999, 20_001, 20_002])
@@ -89,7 +89,7 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(folder
     meta = tokens.load_meta(folder) | {'tokenizer': 'bpe'}
     (folder / 'meta.json').write_text(json.dumps(meta))
     for use, argument in (tokens.load_meta, folder), (tokens.encoding, meta):
-        refused('tokenizer bpe is not known here: expected gpt2 or char; add it to ENCODINGS in '
+        refused('unknown tokenizer bpe: expected gpt2 or char; add it to ENCODINGS in '
                 'data/tokens.py', use, argument)
     monkeypatch.setitem(tokens.ENCODINGS, 'bpe', lambda meta: f'its {meta["tokenizer"]}')
     assert tokens.encoding(tokens.load_meta(folder)) == 'its bpe'

@@ -556,7 +556,7 @@ MISTAKES = {
     'a start over a checkpoint':
         ('--init_from=scratch', r'{here}/out/ckpt\.pt exists and would be overwritten; .*--out_dir'
                                 '.*"python .*--init_from=resume"'),
-    'nothing to resume': ('--out_dir={here}/new', r'no .*/ckpt\.pt: .*--init_from=auto'),
+    'nothing to resume': ('--out_dir={here}/new', r'/ckpt\.pt does not exist: .*--init_from=auto'),
     'a corrupt checkpoint': ('', r'{here}/out/ckpt\.pt: damaged'),
     'another vocabulary than the checkpoint': ('--dataset={gpt2_ids}', 'vocabulary'),
     'processes that cannot share a step':

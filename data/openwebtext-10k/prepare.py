@@ -1,6 +1,6 @@
-"""The first 10,000 documents of OpenWebText, to try things: python data/openwebtext-10k/prepare.py
+"""The first 10,000 documents of OpenWebText, for trials: python data/openwebtext-10k/prepare.py
 
-HF_ENDPOINT names a mirror of the hub; --source=FOLDER with .parquet files does without one.
+Set HF_ENDPOINT to use a mirror of the hub; --source=FOLDER reads .parquet files instead.
 """
 import sys
 from pathlib import Path

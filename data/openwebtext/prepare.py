@@ -1,9 +1,9 @@
 """OpenWebText in GPT-2's tokens: python data/openwebtext/prepare.py
 
-8,013,769 documents, 9 billion tokens: 18 GB of token files out of a download of 24 GB, which the
-datasets package unpacks into another 40 GB. HF_ENDPOINT names a mirror of the hub, HF_HOME the
-folder for the download. --source=FOLDER with the .parquet files, downloaded in any other way, needs
-neither the hub nor the 40 GB, and gives the same tokens.
+8,013,769 documents, 9 billion tokens: 18 GB of token files, from a download of 24 GB that the
+datasets package unpacks into another 40 GB. Set HF_ENDPOINT to use a mirror of the hub, HF_HOME to
+choose the folder of the download. --source=FOLDER with the .parquet files, downloaded in any other
+way, needs neither the hub nor the 40 GB and gives the same tokens.
 """
 import sys
 from pathlib import Path

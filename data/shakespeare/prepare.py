@@ -1,6 +1,6 @@
 """Shakespeare's works in GPT-2's tokens, for fine-tuning: python data/shakespeare/prepare.py
 
-The same text as data/shakespeare_char; to train on one of your own, put it beside this file as
+The same text as in data/shakespeare_char. To train on your own text, put it next to this file as
 input.txt (UTF-8).
 """
 import sys

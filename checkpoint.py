@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import warnings
+from contextlib import suppress
 
 import torch
 
@@ -18,11 +19,9 @@ warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 its
 
 def exists(path):
     """Whether the file exists. OSError if the disk does not answer: the file may exist."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return bool(os.stat(path))
+    return False
 
 
 def save_checkpoint(path, state, best_path=None):
@@ -135,8 +134,12 @@ def check_vocabulary(ckpt, meta):
 
 def load_optimizers(optimizers, saved):
     """Give the optimizers their saved state, but keep this run's learning rates and decays."""
-    for optimizer, state in zip(optimizers, saved if isinstance(saved, list) else [saved]):
-        groups = optimizer.state_dict()['param_groups']
-        if [len(g['params']) for g in groups] != [len(g['params']) for g in state['param_groups']]:
-            raise ValueError("the checkpoint's optimizer has other parameters than the model")
-        optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
+    def places(states):
+        return [[group['params'] for group in state['param_groups']] for state in states]
+
+    saved = saved if isinstance(saved, list) else [saved]
+    ours = [optimizer.state_dict() for optimizer in optimizers]
+    if places(saved) != places(ours):
+        raise ValueError("the checkpoint's optimizer has other parameters than the model")
+    for optimizer, own, state in zip(optimizers, ours, saved):
+        optimizer.load_state_dict({**own, 'state': state['state']})

@@ -28,7 +28,6 @@ LOST_PEER = re.compile(
     'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
     'communicator was aborted|nccl(Remote|System)Error', re.IGNORECASE)
 
-
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all processes together
 
 
@@ -80,19 +79,13 @@ def leave_in(seconds, code, message=None):
     return timer
 
 
-def is_lost_peer(error):
-    """Whether a collective or the store failed because of another process, not of a bug here."""
-    kinds = RuntimeError, TimeoutError, ConnectionError  # torch < 2 raises the last two
-    return isinstance(error, kinds) and bool(LOST_PEER.search(str(error)))
-
-
 @contextmanager
 def lost_peers(stop=None, rescue=None):
     """If another process is lost, call rescue(), if given, and exit with 138, to be restarted."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        if environment()[2] == 1 or not is_lost_peer(error):
+    except (RuntimeError, TimeoutError, ConnectionError) as error:  # torch < 2: the last two
+        if environment()[2] == 1 or not LOST_PEER.search(str(error)):
             raise
         if rescue:
             rescue()
@@ -146,7 +139,7 @@ def total(numbers, stop):
 def share(state, device):
     """A copy on the device of rank 0's `state`: dicts, lists and plain values, and tensors in them.
     An outline is sent as JSON, then tensor by tensor: no rank ever holds two copies, and rank 0's
-    tensors may be mapped from a file. 0-dimensional tensors stay on the host."""
+    are the result's on a CPU. 0-dimensional tensors stay on the host."""
     alone, leads, tensors = not dist.is_initialized(), environment()[0] == 0, []
     if not alone and dist.get_backend() == 'gloo':
         device = 'cpu'
@@ -164,7 +157,7 @@ def share(state, device):
         if 'tensor' not in found:  # JSON has turned the optimizers' integer keys into text
             return {int(key) if key.isdecimal() else key: found[key] for key in found}
         dtype, *shape = found['tensor']
-        tensor = (tensors.pop(0).to(device, copy=True) if leads else
+        tensor = (tensors.pop(0).to(device) if leads else
                   torch.empty(shape, dtype=getattr(torch, dtype), device=device))
         return broadcast(tensor) if shape else broadcast(tensor).cpu()
 

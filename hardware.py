@@ -35,7 +35,7 @@ def peak_memory(device):
 
 
 def resolve_device(device, local_rank=0):
-    """'auto' or a device's name -> 'cuda:<local_rank>', 'cuda:1', 'mps' or 'cpu'."""
+    """'auto' or a device's name -> 'cuda:0' (made current, with TF32 allowed), 'mps', 'cpu'."""
     mps = getattr(torch.backends, 'mps', None)
     there = {'cuda': torch.cuda.is_available(), 'mps': mps is not None and mps.is_available(),
              'cpu': True}
@@ -53,7 +53,7 @@ def resolve_device(device, local_rank=0):
         raise ValueError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
                          'and set LOCAL_RANK to 0 if each sees its own GPU only')
     torch.cuda.set_device(index)
-    torch.set_float32_matmul_precision('high')  # TF32 for what is not bfloat16
+    torch.set_float32_matmul_precision('high')
     return f'cuda:{index}'
 
 

@@ -5,11 +5,21 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 # Formats in the log; any number without one, such as a loss, has its name and four decimals.
 SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms',
          'tok_per_sec': '{:,.0f} tok/s', 'mfu': 'mfu {:.3f}', 'peak_gib': '{:.1f} GiB',
          'eval_s': '{:.1f} s'}
+
+
+def read_log(path):
+    """The entries of a log.jsonl, but for lines that a kill or a crash of the node damaged."""
+    for line in Path(path).read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            entry = json.loads(line)
+            if all(isinstance(number, (int, float, type(None))) for number in entry.values()):
+                yield {**entry, 'iter': int(entry['iter'])}
 
 
 def open_board(folder):
@@ -47,24 +57,16 @@ class Log:
         self.file = self.board = self.bar = None
         if not is_main or config['eval_only']:
             return
-        out_dir = config['out_dir']
-        path, kept = os.path.join(out_dir, 'log.jsonl'), []
-        if os.path.isfile(path):
-            with open(path, encoding='utf-8', errors='replace') as f:
-                for line in f:
-                    # A kill can leave half a line, a crash of the node any bytes.
-                    with suppress(ValueError, TypeError, KeyError):
-                        entry = json.loads(line)
-                        # A step's own line comes before that of its evaluation.
-                        if (entry['iter'], 'loss' not in entry) <= (iter_num, val_loss is not None):
-                            kept.append(entry)
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(entry) + '\n' for entry in kept)
-        os.replace(f'{path}.tmp', path)
-        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-            json.dump(config, f, indent=2)
+        out_dir, end = Path(config['out_dir']), (iter_num, val_loss is not None)
+        path, tmp = out_dir / 'log.jsonl', out_dir / 'log.jsonl.tmp'
+        # A step's own line comes before that of its evaluation.
+        kept = [entry for entry in (read_log(path) if path.is_file() else [])
+                if (entry['iter'], 'loss' not in entry) <= end]
+        tmp.write_text(''.join(json.dumps(entry) + '\n' for entry in kept), encoding='utf-8')
+        os.replace(tmp, path)
+        (out_dir / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
         self.file = open(path, 'a', encoding='utf-8', buffering=1)  # each line at once
-        self.board = open_board(os.path.join(out_dir, 'tb'))
+        self.board = open_board(out_dir / 'tb')
         for entry in kept:
             self.plot(entry)
         self.bar = open_bar(iter_num, config['max_iters'])

@@ -208,22 +208,22 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.num_params(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def configure_optimizers(self, optimizer, learning_rate, muon_learning_rate, betas,
-                             weight_decay, device_type):
-        """[AdamW] or, for optimizer='muon', [Muon, AdamW]. AdamW decays matrices and embeddings,
+    def configure_optimizers(self, name, learning_rate, muon_learning_rate, betas, weight_decay):
+        """[AdamW] or, for the name 'muon', [Muon, AdamW]. AdamW decays matrices and embeddings,
         not biases and norms. Muon (Jordan et al., 2024) takes the matrices inside the blocks."""
         # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
         version = tuple(int(x) for x in torch.__version__.split('.')[:2])
-        fused = {'fused': True} if version >= ((2, 0) if device_type == 'cuda' else (2, 4)) else {}
+        least = (2, 0) if self.lm_head.weight.is_cuda else (2, 4)
+        fused = {'fused': True} if version >= least else {}
 
         def adamw(params):
             groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                       {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **fused)
 
-        if optimizer == 'adamw':
+        if name == 'adamw':
             return [adamw(list(self.parameters()))]
-        if optimizer == 'muon':
+        if name == 'muon':
             if not hasattr(torch.optim, 'Muon'):
                 raise ValueError('optimizer=muon: needs torch >= 2.9, and this is torch '
                                  f'{torch.__version__}; type --optimizer=adamw')
@@ -231,7 +231,7 @@ class GPT(nn.Module):
             rest = [p for p in self.parameters() if p not in set(blocks)]
             return [torch.optim.Muon(blocks, lr=muon_learning_rate, momentum=0.95,
                                      weight_decay=weight_decay), adamw(rest)]
-        raise ValueError(f'optimizer={optimizer}: expected adamw or muon')
+        raise ValueError(f'optimizer={name}: expected adamw or muon')
 
     # ----------------------------------------------------------------------- weights in and out
     @torch.no_grad()

@@ -5,10 +5,10 @@
 """
 import configurator
 
-import json
 import sys
-from contextlib import suppress
 from pathlib import Path
+
+from metrics import read_log
 
 out_dir = 'out'  # folder of a run, or of several, separated by commas
 out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
@@ -17,17 +17,16 @@ globals().update(configurator.override(configurator.options(globals()), sys.argv
 with configurator.user_errors():
     runs = {folder: [] for folder in out_dir.split(',')}  # (step, name, number) of each
     for run, numbers in runs.items():
-        for line in Path(run, 'log.jsonl').read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # half a line, or what a crash left
-                entry = dict(json.loads(line))
-                step = entry.pop('iter')
-                numbers += [(step, *item) for item in entry.items() if None not in item]
+        for entry in read_log(f'{run}/log.jsonl'):
+            numbers += [(entry['iter'], *item) for item in entry.items()
+                        if item[0] != 'iter' and item[1] is not None]
         if not any('loss' in name for _, name, _ in numbers):
             raise ValueError(f'{run}/log.jsonl: no loss logged yet')
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         for run, numbers in runs.items():  # purge_step: replaces what older files have
-            with SummaryWriter(Path(tensorboard, Path(run).name), purge_step=0) as board:
+            folder = Path(tensorboard, run.strip('./').replace('/', '-'))
+            with SummaryWriter(folder, purge_step=0) as board:
                 for step, name, number in numbers:
                     board.add_scalar(name, number, step)
     else:

@@ -10,6 +10,7 @@ With --init_from=resume a killed run resumes where it stopped, on any number of 
 import configurator
 from configurator import at_least, between, more_than, one_of, user_errors
 
+import copy
 import math
 import os
 import sys
@@ -121,9 +122,8 @@ def eval_rows(split):
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 with user_errors():
     # GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
-    vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
-    shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
-    shape = GPTConfig(vocab_size=vocab_size, **shape)
+    sizes = {**config, 'vocab_size': 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']}
+    shape = GPTConfig(**{k: v for k, v in sizes.items() if k in GPTConfig.__dataclass_fields__})
     if is_main and (init_from == 'resume' or init_from == 'auto' and checkpoint.exists(ckpt_path)):
         state = checkpoint.load_checkpoint(ckpt_path)
         checkpoint.check_fits(state, shape, meta, optimizer)
@@ -137,21 +137,23 @@ with user_errors():
         state = {}
     if is_main and not eval_only:
         os.makedirs(out_dir, exist_ok=True)
-weights = state.pop('model', None)  # rank 0's: DDP sends them to the others
-origin = 'scratch' if weights is None else ckpt_path if 'iter_num' in state else init_from
+origin = 'scratch' if not state else ckpt_path if 'iter_num' in state else init_from
 finished = state.get('val_loss') is not None and state['iter_num'] >= max_iters and not eval_only
-if finished and ddp and not distributed.UNDER_TORCHRUN:
-    # Restarted after the end of the run, when the others have exited: do not wait for them.
+if finished and ddp and not distributed.UNDER_TORCHRUN:  # restarted: the others have exited
     sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps: nothing to do'))
 torch.manual_seed(seed)
+if is_main:  # DDP sends its weights to the others
+    shape = GPTConfig(**{**state.get('model_args', vars(shape)), 'dropout': dropout})
+    raw_model = GPT(shape)
+    if 'model' in state:
+        with user_errors():
+            raw_model.load_weights(origin, state.pop('model'))
+    # Joining can take half an hour, in which the mapped file may be replaced: copy the rest, too.
+    state = copy.deepcopy({**state, 'model_args': vars(shape)})
 with distributed.lost_peers():
     distributed.join('nccl' if torch_device.type == 'cuda' else 'gloo', dist_timeout)
     state = distributed.share(state, torch_device)
-    shape = GPTConfig(**{**state.get('model_args', vars(shape)), 'dropout': dropout})
-    raw_model = GPT(shape).to(torch_device)
-    if weights:
-        with user_errors():
-            raw_model.load_weights(origin, weights)  # copied out of the mapped file
+    raw_model = (raw_model if is_main else GPT(GPTConfig(**state['model_args']))).to(torch_device)
     compiled = torch_device.type == 'cuda' if compile == 'auto' else compile
     # Batches of training and evaluation may differ in rows, and each size is compiled: DDP splits
     # the model into parts, which cannot be compiled for a dynamic number of rows.
@@ -168,8 +170,7 @@ val_loss = state.get('val_loss')  # after iter_num steps; None: not evaluated ye
 # ------------------------------------------------------------------------------- optimizer
 with user_errors():
     optimizers = raw_model.configure_optimizers(
-        optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
-        torch_device.type)
+        optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay)
     if 'optimizer' in state:
         checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
 scaler = hardware.grad_scaler(amp_dtype == 'float16')  # else its small gradients underflow
@@ -228,15 +229,15 @@ def save(best=False):
     log.say(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
 
 
+if ddp and not eval_only:
+    # DDP fixes the order of its sums in its first backward pass: run one before step 1, so that a
+    # resumed run sums in the same order as an uninterrupted one.
+    rows = torch.zeros(micro_batch_size, block_size + 1, dtype=torch.int64, device=torch_device)
+    with distributed.lost_peers(), autocast:
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+    raw_model.zero_grad(set_to_none=True)
 with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         stop, rescue=save if is_main and not eval_only else None):
-    if ddp and not eval_only:
-        # DDP fixes the order of its sums in its first backward pass: run one before step 1, so that
-        # a resumed run sums in the same order as an uninterrupted one.
-        rows = torch.zeros(micro_batch_size, block_size + 1, dtype=torch.int64, device=torch_device)
-        with autocast:
-            model(rows[:, :-1], rows[:, 1:])[1].backward()
-        raw_model.zero_grad(set_to_none=True)
     batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
     stop.armed = True  # from now on a signal waits for the end of the step
     while True:

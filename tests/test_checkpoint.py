@@ -125,8 +125,9 @@ def test_weights_and_optimizers_of_another_model_are_refused():
         assert said in one_line(GPT.from_checkpoint, ckpt)
     small, large = (torch.optim.AdamW([torch.zeros(2, requires_grad=True) for _ in range(n)])
                     for n in (1, 2))
-    with pytest.raises(ValueError, match='other parameters'):
-        checkpoint.load_optimizers([large], small.state_dict())
+    for ours, saved in ([large], small.state_dict()), ([small, small], small.state_dict()):
+        with pytest.raises(ValueError, match='other parameters'):
+            checkpoint.load_optimizers(ours, saved)
 
 
 # ----------------------------------------------------------------------------------- writing

@@ -145,20 +145,25 @@ _files = 'x'  # no option, as the modules and functions
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 later = 3  # no option
 if name == 'missing':
-    import no_such_package.part
+    sys.modules['tiktoken'] = None
+    import tiktoken
+if name == 'bug':
+    import no_such_module  # one of the user's own
 print(seed, name)
 ''', encoding='utf-8')
     for argv, code, out, err in (
             (['--seed=3', '--name=x'], 0, ['3 x'], ''),
             (['--sed=3'], 1, [], 'tiny.py: --sed=3: unknown option sed; did you mean seed?\n'),
-            (['--name=missing'], 1, [], 'tiny.py: needs the package no_such_package: '
-                                        'pip install no_such_package\n'),
+            (['--name=missing'], 1, [],
+             'tiny.py: needs the package tiktoken: pip install tiktoken\n'),
             ([config('seed = 5'), '-h'], 0, [
                 'A tiny script.', '', '# the run', '--seed=5 of the draws',
                 '--name=x y what # it is', '--empty= nothing'], '')):
         done = run(script, *argv, env={'PYTHONPATH': str(ROOT)})
         lines = [' '.join(line.split()) for line in done.out.splitlines()]
         assert (done.code, lines, done.err) == (code, out, err)
+    bug = run(script, '--name=bug', env={'PYTHONPATH': str(ROOT)})
+    assert bug.code == 1 and bug.err.startswith('Traceback')
 
 
 def test_every_config_is_taken_by_train_py_and_train_gpt2_keeps_gpt2s_settings():

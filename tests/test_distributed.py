@@ -5,6 +5,7 @@ How processes find each other, are lost and come back, tests/test_jobs.py shows 
 import signal
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -94,9 +95,14 @@ def test_who_waits_in_vain_asks_to_be_started_again(environ):
     ('mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)', False),
     ('Expected all tensors to be on the same device', False),
 ])
-def test_only_a_lost_process_is_taken_for_one(text, lost):
-    assert distributed.is_lost_peer(RuntimeError(text)) == lost
-    assert not distributed.is_lost_peer(ValueError(text))
+def test_only_a_lost_process_is_taken_for_one(text, lost, environ, monkeypatch):
+    ends = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(distributed, 'leave', ends)
+    environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
+    for error, expected in (RuntimeError(text), lost), (ValueError(text), False):
+        with pytest.raises(SystemExit if expected else type(error)), distributed.lost_peers():
+            raise error
+    assert [call.args[0] for call in ends.mock_calls] == [138] * lost
 
 
 # ------------------------------------------------------------------------ when to stop

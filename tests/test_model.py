@@ -251,7 +251,7 @@ def groups_of(optimizer):
     """[(weight decay, names of the parameters), ...] of all optimizers."""
     gpt = GPT(GPTConfig(**TINY))
     names = {p: name for name, p in gpt.named_parameters()}
-    optimizers = gpt.configure_optimizers(optimizer, 1e-3, 0.02, (0.9, 0.95), 0.1, 'cpu')
+    optimizers = gpt.configure_optimizers(optimizer, 1e-3, 0.02, (0.9, 0.95), 0.1)
     groups = [(group['weight_decay'], [names.pop(p) for p in group['params']])
               for optimizer in optimizers for group in optimizer.param_groups]
     assert not names  # each is in one of them, once

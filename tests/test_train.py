@@ -261,6 +261,33 @@ def test_a_run_cut_by_signals_equals_one_that_was_not(
     assert hits > len(signals) / 2
 
 
+def test_a_checkpoint_replaced_while_others_are_awaited_is_read_already(
+        trained, data_set, tmp_path):
+    """By a worker's predecessor, say, which is about to end. A mapped file would be read late."""
+    out_dir, again = (shutil.copytree(trained, tmp_path / name) for name in ('out', 'again'))
+    train = patched_train(tmp_path, """
+        join, path = distributed.join, sys.argv.pop(1)
+        distributed.join = lambda *args: (open(path, 'wb').close(), join(*args))
+        """)
+    options = (*TINY, f'--dataset={data_set}', '--init_from=resume', '--max_iters=12')
+    succeed([start(train, out_dir / 'ckpt.pt', *options, f'--out_dir={out_dir}'),
+             start('train.py', *options, f'--out_dir={again}')])
+    assert steps_of(out_dir)[-1]['loss'] == steps_of(again)[-1]['loss']
+
+
+def test_a_process_lost_before_the_first_step_leaves_no_checkpoint(data_set, tmp_path):
+    """It would only bar the way to the next start from scratch."""
+    train = patched_train(tmp_path, """
+        def fail(*args):
+            raise RuntimeError('Connection closed by peer')
+
+        model.GPT.forward = fail
+        """)
+    scripts = start_ranks(2, train, *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
+    assert [script.wait().code for script in scripts] == [138, 138]
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
 # --------------------------------------------------------------- compiled, and memory on the device
 @pytest.mark.skipif(TORCH < (2, 1), reason='torch < 2.1 compiles, if at all, in other ways')
 @pytest.mark.parametrize(('backend', 'world_size', 'evaluated'), [
@@ -432,8 +459,7 @@ def test_a_run_makes_exactly_max_iters_steps_evaluates_saves_and_can_be_extended
 
     before = files_of(out_dir)
     # The first of two, started again after the end, does not wait for the other.
-    first_of_two = {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'here', 'MASTER_PORT': '9'}
-    for env, said in (None, 'done: 7 steps'), (first_of_two, 'has all its 7 steps'):
+    for env, said in (None, 'done: 7 steps'), ({**OF_TWO, 'RANK': '0'}, 'has all its 7 steps'):
         [again] = succeed([start('train.py', *options, '--max_iters=7', env=env)])
         assert said in again.out
     assert all('tb' in path.parts for path, _ in files_of(out_dir).items() ^ before.items())
@@ -546,6 +572,7 @@ def test_a_value_out_of_range_is_refused(options, expected):
 
 # What: (the options after those of a run that would resume from step 10, what the line must say).
 # {here} is the folder of some traps and of out, which holds the checkpoint.
+OF_TWO = {'WORLD_SIZE': '2', 'MASTER_ADDR': 'here', 'MASTER_PORT': '9'}
 MISTAKES = {
     'too few tokens': ('--dataset={here}/short', 'train.bin holds 32 tokens, .* 33: .*block_size'),
     'ids beyond the vocabulary': ('--dataset={here}/beyond', 'train.bin: id 999 .*ends at 30'),
@@ -558,6 +585,8 @@ MISTAKES = {
                                 '.*"python .*--init_from=resume"'),
     'nothing to resume': ('--out_dir={here}/new', r'/ckpt\.pt does not exist: .*--init_from=auto'),
     'a corrupt checkpoint': ('', r'{here}/out/ckpt\.pt: damaged'),
+    # The first of two finds it before it waits for the other.
+    'no weights': ('', r'rank 0: {here}/out/ckpt\.pt: transformer\.wte\.weight is missing'),
     'another vocabulary than the checkpoint': ('--dataset={gpt2_ids}', 'vocabulary'),
     'processes that cannot share a step':
         ('--batch_size=6', r'rank 3: 5 processes cannot .* = 12 sequences.*: 1, 2, 3, 4, 6, 12$'),
@@ -581,8 +610,12 @@ def test_a_mistake_gets_one_line_and_loses_nothing(what, trained, data_set, gpt2
     ckpt = (out_dir / 'ckpt.pt').read_bytes()
     if what == 'a corrupt checkpoint':
         (out_dir / 'ckpt.pt').write_bytes(bytes(b ^ 0x5A for b in ckpt))
+    elif what == 'no weights':
+        state = load_checkpoint(out_dir / 'ckpt.pt')
+        save_checkpoint(out_dir / 'ckpt.pt', {**state, 'model': {}})
+        more['env'] = {**OF_TWO, 'RANK': '0'}
     elif what == 'processes that cannot share a step':
-        more['env'] = {'WORLD_SIZE': '5', 'RANK': '3', 'MASTER_ADDR': 'here', 'MASTER_PORT': '9'}
+        more['env'] = {**OF_TWO, 'RANK': '3', 'WORLD_SIZE': '5'}
     elif 'disk' in what:
         limit = 500 if 'before' in what else len(ckpt) // 2
         script = patched_train(tmp_path, f"""

@@ -48,12 +48,6 @@ def test_nonsense_in_the_environment_is_named(environ, variables, named):
     assert '\n' not in str(error.value)
 
 
-def test_a_process_alone_joins_nobody(environ):
-    environ(RANK='0', WORLD_SIZE='1')
-    distributed.join('gloo', 10)
-    assert not torch.distributed.is_initialized()
-
-
 def test_what_is_shared_keeps_its_kind_and_its_bits(environ):
     """Alone it travels the same way; that it arrives, the resumed jobs of test_jobs.py show."""
     environ()

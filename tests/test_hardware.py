@@ -79,7 +79,6 @@ def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
     ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989e12), ('NVIDIA GeForce RTX 3090', 71e12),
     ('NVIDIA GeForce RTX 4090', 165e12), ('NVIDIA L40S', 362e12), ('NVIDIA L4', 0)])
 def test_the_peak_is_that_of_the_data_sheet(name, flops, machine):
-    """Dense bfloat16: a MFU against the number for sparse matrices would be half the truth."""
     machine(['another', name])
     assert peak_flops('cuda:1') == flops
     assert peak_flops('cpu') == peak_flops('mps') == 0

@@ -154,13 +154,6 @@ def test_fresh_weights_have_gpt2s_spread():
     assert gpt.lm_head.weight is gpt.transformer.wte.weight
 
 
-def test_dropout_acts_in_training_only():
-    gpt, idx = random_gpt(dropout=0.5), torch.randint(61, (2, 12))
-    assert torch.equal(gpt(idx)[0], gpt(idx)[0])
-    gpt.train()
-    assert not torch.allclose(gpt(idx)[0], gpt(idx)[0])
-
-
 # ------------------------------------------------------------------------------- weights in
 
 class Changed(GPT):
@@ -196,15 +189,6 @@ def test_weights_leave_the_dict_one_by_one_once_none_is_missing():
 
 # ------------------------------------------------------------------------------- generation
 
-def test_generate_takes_its_options_by_position_and_by_name():
-    gpt, idx, said = random_gpt(), torch.zeros(1, 3, dtype=torch.int64), []
-    for args, options in (((0.8, 7, 0.9, 50), {}), ((), {'temperature': 0.8, 'top_k': 7,
-                                                        'top_p': 0.9, 'vocab_size': 50})):
-        torch.manual_seed(0)
-        said.append(gpt.generate(idx, 9, *args, **options))
-    assert torch.equal(*said) and len(set(said[0][0].tolist())) > 2
-
-
 @pytest.mark.parametrize('B', [1, 3])
 @torch.no_grad()
 def test_cached_sampling_equals_recomputation(B):
@@ -213,7 +197,7 @@ def test_cached_sampling_equals_recomputation(B):
         lambda module, x, logits: heard.append(logits.view(B, -1, 61)[:, -1]))
     for T in [*range(1, 13), 20]:
         idx = torch.randint(61, (B, T))
-        told = gpt.generate(idx, 17, temperature=0)
+        told = gpt.generate(idx, 17, 0.0, 7, 0.9)  # by position; the likeliest, whatever is cut
         for _ in range(17):
             idx = torch.cat((idx, gpt(idx[:, -12:])[0][:, -1:].argmax(-1)), 1)
         assert torch.equal(told, idx), T

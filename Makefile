@@ -1,5 +1,5 @@
 # make train   a GPT on Shakespeare, from nothing to a sample, on any machine
-# make test    environment, lint, all tests: under 10 minutes on 2 cores
+# make test    environment, lint, all but the long tests: under 10 minutes on 2 cores
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python

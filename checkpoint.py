@@ -136,7 +136,6 @@ def load_optimizers(optimizers, saved):
     """Give the optimizers their saved state, but keep this run's learning rates and decays."""
     def places(states):
         return [[group['params'] for group in state['param_groups']] for state in states]
-
     saved = saved if isinstance(saved, list) else [saved]
     ours = [optimizer.state_dict() for optimizer in optimizers]
     if places(saved) != places(ours):

@@ -138,8 +138,8 @@ def total(numbers, stop):
 
 def share(state, device):
     """A copy on the device of rank 0's `state`: dicts, lists and plain values, and tensors in them.
-    An outline is sent as JSON, then tensor by tensor: no rank ever holds two copies, and rank 0's
-    are the result's on a CPU. 0-dimensional tensors stay on the host."""
+    An outline is sent as JSON, then tensor by tensor: no memory ever holds two copies. On a CPU,
+    rank 0's tensors are the result's. 0-dimensional tensors stay on the host."""
     alone, leads, tensors = not dist.is_initialized(), environment()[0] == 0, []
     if not alone and dist.get_backend() == 'gloo':
         device = 'cpu'
@@ -198,15 +198,18 @@ def call_the_roll(store, rank, world_size):
 
 
 def join(backend, timeout_s, arrival_timeout_s=1800):
-    """Create the default process group, whose collectives may take timeout_s, unless alone.
-    If not all processes arrive within arrival_timeout_s, this one exits, to be restarted."""
+    """Join the other processes within arrival_timeout_s; collectives may then take timeout_s."""
     rank, _, world_size = environment()
     if world_size == 1:
         return
     hello = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
-    if UNDER_TORCHRUN:  # the agents have found each other already
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    set_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.2: none
+    if UNDER_TORCHRUN:  # the agents have met already, but rank 0 may still be reading a checkpoint
+        patience_s = max(timeout_s, arrival_timeout_s) if set_timeout else timeout_s
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
         dist.all_reduce(hello)
+        if set_timeout:
+            set_timeout(timedelta(seconds=timeout_s))
         return
     address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     limit = leave_in(arrival_timeout_s, 138, f'rank {rank}: the {world_size} processes did not '
@@ -222,11 +225,10 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
             time.sleep(0.2)
     store.set_timeout(timedelta(seconds=timeout_s))
     # gloo tries a dead address for 5 times its timeout: keep that short until all are connected.
-    raise_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.1: none
-    trial_s = 5 if backend == 'gloo' and raise_timeout else timeout_s
+    trial_s = 5 if backend == 'gloo' and set_timeout else timeout_s
     dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
                             world_size=world_size, timeout=timedelta(seconds=trial_s))
     dist.all_reduce(hello)
     if trial_s != timeout_s:
-        raise_timeout(timedelta(seconds=timeout_s))
+        set_timeout(timedelta(seconds=timeout_s))
     limit.cancel()

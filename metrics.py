@@ -16,7 +16,7 @@ SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms
 def read_log(path):
     """The entries of a log.jsonl, but for lines that a kill or a crash of the node damaged."""
     for line in Path(path).read_bytes().splitlines():
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
             entry = json.loads(line)
             if all(isinstance(number, (int, float, type(None))) for number in entry.values()):
                 yield {**entry, 'iter': int(entry['iter'])}

@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 # ---------------------------------------------------------------------------------- config
 # the run
 out_dir = 'out'  # folder for ckpt.pt, best.pt, log.jsonl, config.json and tb/ (TensorBoard)
-init_from = 'scratch'  # scratch, resume, auto (resume if it can), gpt2[-medium|-large|-xl], folder
+init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], a folder
 max_iters = 600_000  # optimizer steps in all
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches of batch_size sequences per evaluation and split

@@ -1,9 +1,5 @@
 """What the tests of the scripts share: a tiny data set, and the scripts started as users do.
 
-    from conftest import TINY, run, start
-    done = run('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}')
-    assert done.code == 0, done.err
-
 Each script is a process of its own with one thread. None outlives its time limit or the session.
 """
 import ast

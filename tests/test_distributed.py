@@ -1,7 +1,4 @@
-"""distributed.py: who a process is, what all get from rank 0, when to stop, who counts as lost.
-
-How processes find each other, are lost and come back, tests/test_jobs.py shows with train.py.
-"""
+"""distributed.py: who a process is, what all get from rank 0, when to stop, who counts as lost."""
 import signal
 import sys
 from types import SimpleNamespace

@@ -152,7 +152,6 @@ def starts(job):
         r'on (\d+) x cpu\n.*, steps ([\d,]+) to', job.log(0))]
 
 
-# Else job.yaml trains in `undisturbed` and job_torchrun.yaml in the test of elasticity.
 @pytest.mark.long
 @pytest.mark.parametrize('name', MANIFESTS)
 def test_every_manifest_trains(name, data_set, tmp_path):

@@ -182,10 +182,15 @@ def test_seed_step_rank_and_micro_step_each_make_noise_of_their_own(tmp_path):
 
 @pytest.mark.skipif(TORCH < (2, 0), reason='its torchrun fails on Python 3.11')
 def test_torchrun_starts_processes_that_train_as_one(trained, data_set, tmp_path):
+    """Also if the first takes longer than dist_timeout to read what it starts from."""
+    train = patched_train(tmp_path, """
+        if os.environ['RANK'] == '0' and torch.__version__ >= '2.2':
+            __import__('time').sleep(10)""")
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    succeed([Script([*torchrun, ROOT / 'train.py', *TINY, f'--dataset={data_set}',
-                     f'--out_dir={tmp_path}'])])
-    losses, expected = ([e['loss'] for e in steps_of(folder)] for folder in (tmp_path, trained))
+    succeed([Script([*torchrun, train, *TINY, f'--dataset={data_set}', '--dist_timeout=8',
+                     f'--out_dir={tmp_path}/out'], {'PYTHONPATH': str(ROOT)})])
+    losses, expected = ([e['loss'] for e in steps_of(folder)]
+                        for folder in (tmp_path / 'out', trained))
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

@@ -95,10 +95,9 @@ def this_script():
 def missing_package(kind, error, traceback):
     packages = ('numpy', 'torch', 'tqdm', 'tiktoken', 'datasets', 'pyarrow', 'safetensors',
                 'huggingface_hub', 'matplotlib', 'tensorboard')
-    if kind is not ModuleNotFoundError or error.name not in packages:
+    if kind is not ModuleNotFoundError or (name := error.name) not in packages:
         return sys.__excepthook__(kind, error, traceback)
-    print(f'{this_script()}: needs the package {error.name}: pip install {error.name}',
-          file=sys.stderr)
+    print(f'{this_script()}: needs the package {name}: pip install {name}', file=sys.stderr)
 
 
 sys.excepthook = missing_package  # so scripts import this module before all others

@@ -35,10 +35,10 @@ def config(tmp_path):
 @pytest.mark.parametrize(('option', 'value'), [
     ('--n_layer=3', 3), ('--n_layer=-3', -3), ('--learning_rate=1', 1.0),
     ('--learning_rate=-2.5e-3', -2.5e-3), ('--bias=true', True), ('--bias=True', True),
-    ('--bias=FALSE', False), ('--out_dir=a=b', 'a=b'), ('--out_dir=', ''), ('--out_dir=é🙂', 'é🙂'),
-    ('--out_dir=12', '12'), ('--out_dir=True', 'True'), ('--out_dir=--n_layer=3', '--n_layer=3'),
-    ('--start=two\nlines', 'two\nlines'), ('--compile=auto', 'auto'), ('--compile=False', False),
-    ('--compile=true', True), ('--compile=inductor', 'inductor')])
+    ('--bias=FALSE', False), ('--out_dir=a=b', 'a=b'), ('--out_dir=', ''), ('--out_dir=12', '12'),
+    ('--out_dir=é🙂', 'é🙂'), ('--out_dir=True', 'True'), ('--compile=False', False),
+    ('--out_dir=--n_layer=3', '--n_layer=3'), ('--start=two\nlines', 'two\nlines'),
+    ('--compile=auto', 'auto'), ('--compile=true', True), ('--compile=inductor', 'inductor')])
 def test_a_value_is_read_as_the_type_of_its_default_and_changes_no_other(option, value):
     name, before = option[2:].partition('=')[0], dict(DEFAULTS)
     got = override(option)

@@ -286,9 +286,9 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     assert write.model.config.vocab_size == 50257 and write.model.config.eos_token_id == 50256
 
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(hf), tokens.gpt2_encoding()
-    for text in (
-            '', "  we'll  CAN'T\n\n\ttabs \r\n", 'end<|endoftext|>start', '🙂👩\u200d👧 e\u0301日',
-            *(''.join(map(chr, range(n, n + 200))) for n in range(1, 9000, 999))):
+    for text in ('', "  we'll  CAN'T\n\n\ttabs \r\n", 'end<|endoftext|>start',
+                 '🙂👩\u200d👧 e\u0301日',
+                 *(''.join(map(chr, range(n, n + 200))) for n in range(1, 9000, 999))):
         ids = ours.encode(text, allowed_special='all')
         assert tokenizer(text)['input_ids'] == ids, text[:50]
         assert tokenizer.decode(ids) == text

@@ -19,7 +19,7 @@ ORDER = {
 MAY_IMPORT = {name: allowed for names, allowed in ORDER.items() for name in names.split()}
 # Lines. They are there to make one look for the simpler shape, not to squeeze lines.
 BUDGETS = {
-    'train.py': 310, 'model.py': 310, 'sample.py': 80, 'configurator.py': 166,
+    'train.py': 310, 'model.py': 310, 'sample.py': 80, 'configurator.py': 165,
     'distributed.py': 240, 'checkpoint.py': 145, 'huggingface.py': 130, 'metrics.py': 115,
     'hardware.py': 105, 'export.py': 60, 'plot.py': 45, 'bench.py': 150, 'data/tokens.py': 235,
     'data/corpus.py': 270, 'data/*/prepare.py': 30, 'config/*.py': 40,

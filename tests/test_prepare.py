@@ -70,8 +70,8 @@ def as_nanogpt(texts):
 def some_texts(n, seed=0):
     """Documents of many scripts and lengths, also empty, with <|endoftext|> in their text."""
     rng = np.random.default_rng(seed)
-    pieces = ['the cat', ' sat', '\r\n', '\n\n', '   ', 'Ελλάδα', '中文', '🙂', "it's", '\u2028',
-              '\x00', '12345', '\ufeff', ' trailing  ', tokens.EOT]
+    pieces = ['the cat', ' sat', '\r\n', '\n\n', '   ', 'Ελλάδα', '中文', '🙂', "it's",
+              '\u2028', '\x00', '12345', '\ufeff', ' trailing  ', tokens.EOT]
     return [''.join(rng.choice(pieces, rng.integers(0, 200))) for _ in range(n)]
 
 

@@ -56,14 +56,14 @@ def test_greedy_text_is_that_of_generate_whatever_the_seed(trained, tmp_path, mo
     model = GPT.from_checkpoint(load_checkpoint(alone)).eval()
     prompt = torch.tensor([[CHARS.index(char) for char in 'é日🙂']])
     expected = ''.join(CHARS[i] for i in model.generate(prompt, 50, temperature=0)[0].tolist())
-    for n, options in (
+    for n, more in (
             (1, ('--temperature=0', '--seed=1')), (1, ('--temperature=0', '--seed=2')),
             # Two more ways to say it: only the likeliest token is left to draw.
             (1, ('--temperature=2', '--top_k=1')),
             (2, ('--temperature=2', '--top_p=1e-9', '--top_k=0', '--num_samples=2',
                  '--start=FILE:prompt.txt'))):
-        done = sample('.', '--checkpoint=best.pt', '--max_new_tokens=50', '--start=é日🙂', *options)
-        assert texts_of(done) == [expected] * n
+        out = sample('.', '--start=é日🙂', '--max_new_tokens=50', '--checkpoint=best.pt', *more)
+        assert texts_of(out) == [expected] * n
     assert sorted(os.listdir()) == ['best.pt', 'prompt.txt']
 
 

@@ -202,33 +202,27 @@ def join(backend, timeout_s, arrival_timeout_s=1800):
     rank, _, world_size = environment()
     if world_size == 1:
         return
-    hello = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
-    set_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.2: none
-    if UNDER_TORCHRUN:  # the agents have met already, but rank 0 may still be reading a checkpoint
-        patience_s = max(timeout_s, arrival_timeout_s) if set_timeout else timeout_s
-        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
-        dist.all_reduce(hello)
-        if set_timeout:
-            set_timeout(timedelta(seconds=timeout_s))
-        return
     address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     limit = leave_in(arrival_timeout_s, 138, f'rank {rank}: the {world_size} processes did not '
                      f'meet at {address}:{port} in {arrival_timeout_s} s')
-    while True:
+    # torchrun's agents have met already, but rank 0 may still be reading a checkpoint.
+    first_s, meeting = arrival_timeout_s, {}
+    while not UNDER_TORCHRUN and not meeting:
         try:
             if rank > 0:  # TCPStore would print a stack trace for every attempt
                 socket.create_connection((address, port), 5).close()
             store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
             call = call_the_roll(store, rank, world_size)
-            break
+            store.set_timeout(timedelta(seconds=timeout_s))
+            # gloo tries a dead address for 5 times its timeout: short until all are connected.
+            first_s = 5 if backend == 'gloo' else timeout_s
+            meeting = dict(store=dist.PrefixStore(call, store), rank=rank, world_size=world_size)
         except (RuntimeError, OSError):  # rank 0 is not up yet, or an older one still is
             time.sleep(0.2)
-    store.set_timeout(timedelta(seconds=timeout_s))
-    # gloo tries a dead address for 5 times its timeout: keep that short until all are connected.
-    trial_s = 5 if backend == 'gloo' and set_timeout else timeout_s
-    dist.init_process_group(backend, store=dist.PrefixStore(call, store), rank=rank,
-                            world_size=world_size, timeout=timedelta(seconds=trial_s))
-    dist.all_reduce(hello)
-    if trial_s != timeout_s:
+    set_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.2: none
+    dist.init_process_group(
+        backend, timeout=timedelta(seconds=first_s if set_timeout else timeout_s), **meeting)
+    dist.all_reduce(torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu'))
+    if set_timeout:
         set_timeout(timedelta(seconds=timeout_s))
     limit.cancel()

@@ -64,8 +64,8 @@ $(VENV)/run: requirements.txt constraints.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
-$(VENV)/dev: $(VENV)/run requirements-dev.txt
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+$(VENV)/dev: $(VENV)/run tests/requirements.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r tests/requirements.txt -c constraints.txt
 	@touch $@
 
 clean:

@@ -6,8 +6,6 @@ on CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare
 to tiktoken alone, scaled perfectly to all threads. Each measurement is a process, the two sides
 alternate, and medians are shown. Peak memory is the GPU's, else the process's beyond its imports.
 """
-import configurator
-
 import json
 import resource
 import runpy
@@ -22,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import save_checkpoint
-from data import corpus, tokens
-from hardware import peak_flops, resolve_device, resolve_dtype
+import configurator
 from model import GPT, GPTConfig
+from support import corpus, tokens
+from support.checkpoint import save_checkpoint
+from support.hardware import peak_flops, resolve_device, resolve_dtype
 
 cases = 'step loader sample save'  # what to measure, one or more; also: prepare
 rounds = 2  # runs of each side

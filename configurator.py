@@ -17,6 +17,8 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from support.errors import UserError
+
 FOREIGN = {  # options of other programs, and what to use here instead
     'lr': 'type --learning_rate',
     'epochs': 'type --max_iters, in optimizer steps',
@@ -68,21 +70,21 @@ def override(defaults, argv, script, limits=None):
             check_known(key, defaults, arg)
             if not equals:
                 example = defaults[key] if following.startswith('--') else following
-                raise ValueError(f'{arg}: expected --key=value, e.g. --{key}={example}')
+                raise UserError(f'{arg}: expected --key=value, e.g. --{key}={example}')
             values[key] = parse(text, defaults[key], arg)
         for names, (expected, fits) in (limits or {}).items():
             for name in names.split():
                 if not fits(values[name]):
-                    raise ValueError(f'--{name}={values[name]}: expected {expected}')
+                    raise UserError(f'--{name}={values[name]}: expected {expected}')
     return values
 
 
 @contextmanager
-def user_errors(*kinds):
-    """End with one line on a user's mistake, by default ValueError or OSError; not on a bug."""
+def user_errors():
+    """End the script with one line on a user's mistake; a bug keeps its traceback."""
     try:
         yield
-    except (kinds or (ValueError, OSError)) as error:  # noqa: B030
+    except (UserError, OSError) as error:
         sys.exit(f'{this_script()}: {error}')
 
 
@@ -90,17 +92,6 @@ def this_script():
     """The script's name, and this process's rank if it is one of several."""
     alone = os.environ.get('WORLD_SIZE', '1') == '1'
     return Path(sys.argv[0]).name + ('' if alone else f': rank {os.environ.get("RANK")}')
-
-
-def missing_package(kind, error, traceback):
-    packages = ('numpy', 'torch', 'tqdm', 'tiktoken', 'datasets', 'pyarrow', 'safetensors',
-                'huggingface_hub', 'matplotlib', 'tensorboard')
-    if kind is not ModuleNotFoundError or (name := error.name) not in packages:
-        return sys.__excepthook__(kind, error, traceback)
-    print(f'{this_script()}: needs the package {name}: pip install {name}', file=sys.stderr)
-
-
-sys.excepthook = missing_package  # so scripts import this module before all others
 
 
 def command(**changed):
@@ -112,11 +103,11 @@ def command(**changed):
 def read_config(path, defaults, values):
     """Run the assignments of a config file on top of `values`, whose names it may use."""
     if not Path(path).is_file():
-        raise ValueError(f'{path}: no such config file; expected config/x.py or --key=value')
+        raise UserError(f'{path}: no such config file; expected config/x.py or --key=value')
     try:
         namespace = runpy.run_path(path, values)
     except Exception as e:  # a config file may raise anything: report the file and the error
-        raise ValueError(f'{path}: {type(e).__name__}: {e}') from None
+        raise UserError(f'{path}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
         if not key.startswith('_'):
             where = f'{path}: {key} = {value!r}'
@@ -128,7 +119,7 @@ def check_known(key, defaults, where):
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
-        raise ValueError(f'{where}: unknown option {key}; {FOREIGN.get(key, hint)}')
+        raise UserError(f'{where}: unknown option {key}; {FOREIGN.get(key, hint)}')
 
 
 def parse(value, default, where):
@@ -145,9 +136,9 @@ def check_type(value, default, where):
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f'{where}: expected a finite number')
+        raise UserError(f'{where}: expected a finite number')
     if type(value) is not type(default) and not (default == 'auto' and type(value) is bool):
-        raise ValueError(f'{where}: expected {type(default).__name__}, e.g. {default!r}')
+        raise UserError(f'{where}: expected {type(default).__name__}, e.g. {default!r}')
     return value
 
 

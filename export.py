@@ -7,18 +7,17 @@
 The format needs biases: a model without them is written with zeros, which changes nothing.
 The tokenizer is written, too: transformers.pipeline('text-generation', model='out/hf') just works.
 """
-import configurator
-from configurator import one_of
-
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
-from data import tokens
+import configurator
+from configurator import one_of
 from model import GPT
+from support import tokens
+from support.checkpoint import load_checkpoint
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt, the newest, or best.pt, the lowest validation loss
@@ -39,7 +38,7 @@ with configurator.user_errors():
     if meta['tokenizer'] == 'gpt2':  # as transformers.AutoTokenizer reads it
         tokens.gpt2_encoding()  # puts OpenAI's files into data/gpt2 if need be, and checks them
         for name, openai_name in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):
-            files[name] = (tokens.HERE / 'gpt2' / openai_name).read_text(encoding='utf-8')
+            files[name] = (tokens.DATA / 'gpt2' / openai_name).read_text(encoding='utf-8')
         files['tokenizer_config.json'] = json.dumps({
             'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': model.config.block_size,
             'add_prefix_space': False, 'clean_up_tokenization_spaces': False,

@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from support.errors import UserError
+
 try:
     from torch.compiler import is_compiling
 except ImportError:  # torch 2.1 has it elsewhere, torch 1.13 has no compiler
@@ -37,8 +39,8 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
-                             f'try n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}')
+            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
+                            f'try n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}')
 
 
 def layer_norm(config):
@@ -225,18 +227,18 @@ class GPT(nn.Module):
             return [adamw(list(self.parameters()))]
         if name == 'muon':
             if not hasattr(torch.optim, 'Muon'):
-                raise ValueError('optimizer=muon: needs torch >= 2.9, and this is torch '
-                                 f'{torch.__version__}; type --optimizer=adamw')
+                raise UserError('optimizer=muon: needs torch >= 2.9, and this is torch '
+                                f'{torch.__version__}; type --optimizer=adamw')
             blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
             rest = [p for p in self.parameters() if p not in set(blocks)]
             return [torch.optim.Muon(blocks, lr=muon_learning_rate, momentum=0.95,
                                      weight_decay=weight_decay), adamw(rest)]
-        raise ValueError(f'optimizer={name}: expected adamw or muon')
+        raise UserError(f'optimizer={name}: expected adamw or muon')
 
     # ----------------------------------------------------------------------- weights in and out
     @torch.no_grad()
     def load_weights(self, source, tensors):
-        """Copy `tensors`, named as in state_dict(), into the model; ValueError if they are another
+        """Copy `tensors`, named as in state_dict(), into the model; UserError if they are another
         model's. Each is dropped from the dict once copied, which frees the mapped file's memory."""
         own = self.state_dict()
         if self.lm_head.weight is self.transformer.wte.weight:
@@ -247,7 +249,7 @@ class GPT(nn.Module):
             size = sizes.get(name, 'missing')
             want = tuple(own[name].shape) if name in own else 'no such tensor'
             if size != want:
-                raise ValueError(f'{source}: {name} is {size}: expected {want} for {self.config}')
+                raise UserError(f'{source}: {name} is {size}: expected {want} for {self.config}')
         for name, p in own.items():
             p.copy_(tensors.pop(name))
 
@@ -256,8 +258,8 @@ class GPT(nn.Module):
         """The GPT in ckpt, a dict from `load_checkpoint`. changed: e.g. dropout=0.1."""
         args, fields = {**ckpt['model_args'], **changed}, GPTConfig.__dataclass_fields__
         if not args.keys() <= fields.keys():
-            raise ValueError(f'checkpoint: model_args are {", ".join(args)}: '
-                             f'expected only {", ".join(fields)}')
+            raise UserError(f'checkpoint: model_args are {", ".join(args)}: '
+                            f'expected only {", ".join(fields)}')
         model = cls(GPTConfig(**args))
         model.load_weights('checkpoint', dict(ckpt['model']))
         return model
@@ -266,7 +268,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, block_size=None, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
         in a folder of that format. A smaller block_size cuts the positions."""
-        import huggingface  # here, since training from scratch does not need it
+        from support import huggingface  # here, since training from scratch does not need it
         ckpt = huggingface.load(source, block_size)
         model = cls(GPTConfig(**ckpt['model_args'], dropout=dropout))
         model.load_weights(source, ckpt['model'])
@@ -275,7 +277,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None):
         """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder; dtype is
         the file's, vocab_size its number of embeddings, files {name: text} are written, too."""
-        import huggingface
+        from support import huggingface
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
 

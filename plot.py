@@ -3,12 +3,12 @@
     python plot.py --out_dir=out-shakespeare-char         # -> out-shakespeare-char/loss.svg
     python plot.py --out_dir=out-a,out-b --out=both.png   # several runs in one picture
 """
-import configurator
-
 import sys
 from pathlib import Path
 
-from metrics import read_log
+import configurator
+from support.errors import UserError
+from support.metrics import read_log
 
 out_dir = 'out'  # folder of a run, or of several, separated by commas
 out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
@@ -21,7 +21,7 @@ with configurator.user_errors():
             numbers += [(entry['iter'], *item) for item in entry.items()
                         if item[0] != 'iter' and item[1] is not None]
         if not any('loss' in name for _, name, _ in numbers):
-            raise ValueError(f'{run}/log.jsonl: no loss logged yet')
+            raise UserError(f'{run}/log.jsonl: no loss logged yet')
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         for run, numbers in runs.items():  # purge_step: replaces what older files have
@@ -40,5 +40,9 @@ with configurator.user_errors():
                 axes.plot(*zip(*points), color=f'C{i}', label=f'{run}: {label}', **style)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        axes.figure.savefig(picture := out or f'{out_dir.split(",")[0]}/loss.svg')
+        picture = out or f'{out_dir.split(",")[0]}/loss.svg'
+        try:
+            axes.figure.savefig(picture)
+        except ValueError as error:  # a format that matplotlib does not know
+            raise UserError(f'--out={picture}: {error}') from None
     print(f'{tensorboard or picture}: the losses of {out_dir}')

@@ -4,9 +4,6 @@
     python sample.py --out_dir=out-shakespeare-char --start='O Romeo'
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --num_samples=3
 """
-import configurator
-from configurator import at_least, between, one_of
-
 import signal
 import sys
 import time
@@ -15,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
-from data import tokens
-from hardware import resolve_device, resolve_dtype
+import configurator
+from configurator import at_least, between, one_of
 from model import GPT
+from support import tokens
+from support.checkpoint import load_checkpoint
+from support.errors import UserError
+from support.hardware import resolve_device, resolve_dtype
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
@@ -49,13 +49,18 @@ with configurator.user_errors():
     else:
         model, meta = GPT.from_pretrained(init_from), tokens.GPT2_META
     if meta['vocab_size'] > model.config.vocab_size:
-        raise ValueError(f'the model has {model.config.vocab_size} tokens, GPT-2 text needs 50257: '
-                         'sample the checkpoint that train.py wrote, which has its tokenizer')
+        raise UserError(f'the model has {model.config.vocab_size} tokens, GPT-2 text needs 50257: '
+                        'sample the checkpoint that train.py wrote, which has its tokenizer')
     encoding = tokens.encoding(meta)
-    text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
-    prompt = encoding.encode(text)
+    text = start
+    try:
+        if start.startswith('FILE:'):
+            text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        prompt = encoding.encode(text)
+    except UnicodeError as error:  # a file, or bytes of the command line, that are not UTF-8
+        raise UserError(f'--start={start!a}: expected UTF-8: {error}') from None
     if not prompt:
-        raise ValueError(f'--start={start}: expected at least one character')
+        raise UserError(f'--start={start}: expected at least one character')
 
 model.eval().to(place, getattr(torch, number_format))
 torch.manual_seed(seed)

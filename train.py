@@ -7,9 +7,6 @@
 config -> distributed -> data -> model -> optimizer -> loop (eval, checkpoint, step, log).
 With --init_from=resume a killed run resumes where it stopped, on any number of processes.
 """
-import configurator
-from configurator import at_least, between, more_than, one_of, user_errors
-
 import copy
 import math
 import os
@@ -21,13 +18,12 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import distributed
-import hardware
-import huggingface
-from data import tokens
-from metrics import Log
+import configurator
+from configurator import at_least, between, more_than, one_of, user_errors
 from model import GPT, GPTConfig
+from support import checkpoint, distributed, hardware, huggingface, tokens
+from support.errors import UserError
+from support.metrics import Log
 
 # ---------------------------------------------------------------------------------- config
 # the run
@@ -90,7 +86,7 @@ with user_errors():
     amp_dtype = hardware.resolve_dtype(dtype, torch_device)
     decay_end = lr_decay_iters or max_iters
     if warmup_iters > decay_end > 0:
-        raise ValueError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
+        raise UserError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp, is_main = world_size > 1, rank == 0
@@ -128,8 +124,8 @@ with user_errors():
         state = checkpoint.load_checkpoint(ckpt_path)
         checkpoint.check_fits(state, shape, meta, optimizer)
     elif is_main and not eval_only and checkpoint.exists(ckpt_path):
-        raise ValueError(f'{ckpt_path} exists and would be overwritten; choose another --out_dir, '
-                         f'or resume with "{configurator.command(init_from="resume")}"')
+        raise UserError(f'{ckpt_path} exists and would be overwritten; choose another --out_dir, '
+                        f'or resume with "{configurator.command(init_from="resume")}"')
     elif is_main and init_from not in ('scratch', 'auto'):
         state = {**huggingface.load(init_from, block_size), 'meta': tokens.GPT2_META}
         checkpoint.check_vocabulary(state, meta)
@@ -236,7 +232,7 @@ if ddp and not eval_only:
     with distributed.lost_peers(), autocast:
         model(rows[:, :-1], rows[:, 1:])[1].backward()
     raw_model.zero_grad(set_to_none=True)
-with user_errors(OSError, FloatingPointError), distributed.lost_peers(
+with user_errors(), distributed.lost_peers(
         stop, rescue=save if is_main and not eval_only else None):
     batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
     stop.armed = True  # from now on a signal waits for the end of the step
@@ -250,7 +246,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         if new:
             val_loss = numbers['val_loss']
             if not math.isfinite(val_loss):
-                raise FloatingPointError(f'step {iter_num}: val loss {val_loss} (not saved)')
+                raise UserError(f'step {iter_num}: val loss {val_loss} (not saved)')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             log.tell(iter_num, numbers)
 
@@ -286,7 +282,7 @@ with user_errors(OSError, FloatingPointError), distributed.lost_peers(
         finite = math.isfinite(numbers['grad_norm'])
         # float16's scaler expects infinite gradients now and then: it skips the step.
         if not math.isfinite(numbers['loss']) or not (finite or scaler.is_enabled()):
-            raise FloatingPointError(
+            raise UserError(
                 f'step {iter_num + 1}: loss {numbers["loss"]}, grad norm {numbers["grad_norm"]}; '
                 f'resume from {ckpt_path} with a lower --learning_rate or --dtype=float32')
         for o in optimizers:

@@ -4,8 +4,8 @@
 
 Muon (Jordan et al., 2024) makes each matrix's update orthogonal; AdamW keeps the embeddings and the
 norms. On a 10M-parameter model with GPT-2's tokens, Muon got below AdamW's final loss in 0.6 of
-AdamW's steps (RECORDS.md), hence 0.6 of the 600,000 steps here. At 124M it was not measured: no GPU
-was available. Muon needs torch >= 2.9.
+AdamW's steps (docs/records.md), hence 0.6 of the 600,000 steps here. At 124M it was not measured:
+no GPU was available. Muon needs torch >= 2.9.
 """
 out_dir = 'out-gpt2-muon'
 init_from = 'auto'

@@ -4,7 +4,7 @@
     python train.py config/train_shakespeare_char.py
 
 Expect a validation loss near 1.56 (nats per character). Muon and a linear decay to zero make
-it fast: see RECORDS.md.
+it fast: see docs/records.md.
 """
 out_dir = 'out-shakespeare-char'
 init_from = 'auto'

@@ -122,7 +122,7 @@ def run(script, *options, limit_s=LIMIT_S, **where):
 
 def copy_of_repo(folder):
     """The scripts, configs and data scripts, without what they made here; a small input.txt."""
-    for name in ('config', 'data'):
+    for name in ('config', 'data', 'support'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
             '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
     for path in ROOT.glob('*.py'):
@@ -136,8 +136,9 @@ def patched_train(folder, patches):
     """A script in the folder that is train.py, once `patches` has changed what it imports."""
     path = folder / 'train.py'
     path.write_text(f"""import os, runpy, sys
-import torch, distributed, hardware, model
-from data import tokens
+import torch
+import model
+from support import distributed, hardware, metrics, tokens
 {textwrap.dedent(patches)}
 sys.argv[0] = {str(ROOT / 'train.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')

@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import FORKS
 
-import checkpoint
-from checkpoint import PlainUnpickler, load_checkpoint, save_checkpoint
-from data.tokens import GPT2_META
 from model import GPT, GPTConfig
+from support import checkpoint
+from support.checkpoint import PlainUnpickler, load_checkpoint, save_checkpoint
+from support.errors import UserError
+from support.tokens import GPT2_META
 
 TINY = {'block_size': 12, 'vocab_size': 61, 'n_layer': 3, 'n_head': 3, 'n_embd': 24}
 
@@ -33,7 +34,7 @@ def held(path):
 
 
 def one_line(call, *args):
-    with pytest.raises(ValueError, match=r'^[^\n]*expected[^\n]*$') as caught:
+    with pytest.raises(UserError, match=r'^[^\n]*expected[^\n]*$') as caught:
         call(*args)
     return str(caught.value)
 
@@ -113,7 +114,7 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused_by_name(changed, mess
     args = ckpt, GPTConfig(**{**TINY, **changed}), meta, optimizer
     if message is None:
         return checkpoint.check_fits(*args)
-    with pytest.raises(ValueError, match=f'{message}.*--out_dir'):
+    with pytest.raises(UserError, match=f'{message}.*--out_dir'):
         checkpoint.check_fits(*args)
 
 
@@ -126,7 +127,7 @@ def test_weights_and_optimizers_of_another_model_are_refused():
     small, large = (torch.optim.AdamW([torch.zeros(2, requires_grad=True) for _ in range(n)])
                     for n in (1, 2))
     for ours, saved in ([large], small.state_dict()), ([small, small], small.state_dict()):
-        with pytest.raises(ValueError, match='other parameters'):
+        with pytest.raises(UserError, match='other parameters'):
             checkpoint.load_optimizers(ours, saved)
 
 

@@ -13,9 +13,9 @@ from test_sample import run_here
 from test_train import has_muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import metrics
-from checkpoint import load_checkpoint
 from model import GPT, GPTConfig
+from support import metrics
+from support.checkpoint import load_checkpoint
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 optimizers = pytest.mark.parametrize('optimizer', ['adamw', pytest.param('muon', marks=has_muon)])
@@ -44,7 +44,8 @@ class Host(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if self.when and op in (torch.ops.aten._local_scalar_dense.default,
                                 torch.ops.aten.lift_fresh.default):
-            frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+            frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)
+                      and '.venv' not in f.filename and 'tests' not in f.filename]
             file, function = Path(frames[-1].filename).name, frames[-1].name
             function = function.replace('<dictcomp>', 'total')  # Python < 3.12
             self.seen.add(f'{op.name()} {file} {function} {self.when}')

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import Script, free_port
 
-import distributed
+from support import distributed
+from support.errors import UserError
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ MEETING = 'WORLD_SIZE=2: expected MASTER_ADDR and MASTER_PORT'
     ({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '65536'}, MEETING)])
 def test_nonsense_in_the_environment_is_named(environ, variables, named):
     environ(**{'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', **variables})
-    with pytest.raises(ValueError, match=named) as error:
+    with pytest.raises(UserError, match=named) as error:
         distributed.environment()
     assert '\n' not in str(error.value)
 
@@ -69,7 +70,7 @@ def test_the_first_process_says_whom_it_waits_for(monkeypatch, capsys):
 def test_who_waits_in_vain_asks_to_be_started_again(environ):
     port = str(free_port())
     environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    code = "import distributed; distributed.join('gloo', 10, arrival_timeout_s=1)"
+    code = "from support import distributed; distributed.join('gloo', 10, arrival_timeout_s=1)"
     waiting = Script([sys.executable, '-c', code]).wait(30)
     assert waiting.code == 138
     assert f'rank 0: the 2 processes did not meet at 127.0.0.1:{port}' in waiting.err

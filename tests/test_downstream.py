@@ -11,9 +11,9 @@ from conftest import ROOT, Script, evaluations_of
 from test_export import META, export, randomize, save_checkpoint
 from test_sample import run_here
 
-from checkpoint import load_checkpoint
-from data import tokens
 from model import GPT, GPTConfig
+from support import tokens
+from support.checkpoint import load_checkpoint
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers = pytest.importorskip('transformers')

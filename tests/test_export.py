@@ -14,8 +14,9 @@ from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
 from torch.nn import Linear
 
-from data import tokens
 from model import GPT, GPTConfig
+from support import tokens
+from support.errors import UserError
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers = pytest.importorskip('transformers')
@@ -36,7 +37,7 @@ def random_gpt(**config):
 
 def refused(*args):
     """The one line that GPT.from_pretrained says."""
-    with pytest.raises(ValueError, match=r'expected|convert|HF_ENDPOINT') as caught:
+    with pytest.raises(UserError, match=r'expected|convert|HF_ENDPOINT') as caught:
         GPT.from_pretrained(*args)
     assert '\n' not in str(caught.value)
     return str(caught.value)
@@ -226,7 +227,7 @@ def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
     judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert judge.dtype == torch.bfloat16 and judge.config.vocab_size == 50
     judged_equal(judge.float(), tmp_path / 'hf')
-    with pytest.raises(ValueError, match=r'\(61, 16\), but the format has \(62, 16\)'):
+    with pytest.raises(UserError, match=r'\(61, 16\), but the format has \(62, 16\)'):
         gpt.save_pretrained(tmp_path / 'more', vocab_size=62)
 
 
@@ -245,7 +246,7 @@ def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
 def test_a_model_that_is_not_gpt2_is_not_exported(change, said, bias, tmp_path):
     gpt = random_gpt(bias=bias)
     change(gpt)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         gpt.save_pretrained(tmp_path / 'hf')
     assert not any(tmp_path.iterdir())
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hardware import peak_flops, resolve_device, resolve_dtype
+from support.errors import UserError
+from support.hardware import peak_flops, resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_the_device_is_the_one_asked_for_or_the_best(has, asked, local_rank, dev
     (NONE, 'cuda:1', 0, '--device=cuda:1: not available on this machine; type')])
 def test_a_device_that_is_not_there_is_refused(has, asked, local_rank, says, machine):
     machine(**has)
-    with pytest.raises(ValueError, match=f'^{says}.*$'):
+    with pytest.raises(UserError, match=f'^{says}.*$'):
         resolve_device(asked, local_rank)
 
 
@@ -69,7 +70,7 @@ def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
     for dtype in ('float32', 'bfloat16', 'float16'):
         assert resolve_dtype(dtype, 'cuda:0') == dtype
     assert resolve_dtype('bfloat16', 'cpu') == 'bfloat16'
-    with pytest.raises(ValueError, match='--dtype=float16 needs a GPU; type --dtype=auto'):
+    with pytest.raises(UserError, match='--dtype=float16 needs a GPU; type --dtype=auto'):
         resolve_dtype('float16', 'cpu')
 
 

@@ -16,7 +16,7 @@ from controller import SCHEMAS, Job, manifest
 from test_sample import run_here
 from test_train import TIMES, differences
 
-from checkpoint import load_checkpoint
+from support.checkpoint import load_checkpoint
 
 PLAIN = ['job.yaml', 'job_rdma.yaml', 'job_torch1.yaml', 'job_test.yaml']
 MANIFESTS = [*PLAIN, 'job_torchrun.yaml']

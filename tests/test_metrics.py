@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 from conftest import log_of
 
-from metrics import Log
+from support.metrics import Log
 
 EVALUATION = {'train_loss': 3.0, 'val_loss': 3.5, 'eval_s': 0.25}
 WHOLE = [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),

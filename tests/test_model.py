@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, HeadLoss, attention, next_token_loss, pick
+from support.errors import UserError
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -172,7 +173,7 @@ def test_weights_come_back_bit_for_bit_with_another_dropout_but_in_no_other_mode
     assert again.config == GPTConfig(**TINY, dropout=0.5) and changed.config.dropout == 0
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, ckpt['model'][name]), name
-    with pytest.raises(ValueError, match=r'angles is \(6,\): expected no such tensor'):
+    with pytest.raises(UserError, match=r'angles is \(6,\): expected no such tensor'):
         GPT.from_checkpoint(ckpt)
 
 
@@ -180,7 +181,7 @@ def test_weights_leave_the_dict_one_by_one_once_none_is_missing():
     """So that the memory of a mapped file can go with them; masks of old files are no weights."""
     gpt, tensors = random_gpt(), {**random_gpt().state_dict(), 'h.0.attn.bias': torch.ones(1)}
     norm = tensors.pop('transformer.ln_f.bias')
-    with pytest.raises(ValueError, match=r'^here: transformer.ln_f.bias is missing: expected \(24'):
+    with pytest.raises(UserError, match=r'^here: transformer.ln_f.bias is missing: expected \(24'):
         gpt.load_weights('here', tensors)
     tensors['transformer.ln_f.bias'] = norm
     gpt.load_weights('here', tensors)
@@ -262,5 +263,5 @@ def test_muon_takes_the_matrices_of_the_blocks():
     ('muon', r'^optimizer=muon: needs torch >= 2.9, .*--optimizer=adamw$')])
 def test_optimizers_that_do_not_exist_say_what_to_type(name, said, monkeypatch):
     monkeypatch.delattr(torch.optim, 'Muon', raising=False)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         groups_of(name)

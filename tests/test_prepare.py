@@ -1,4 +1,4 @@
-"""The prepare scripts and data/corpus.py: texts become token files, whole or not at all."""
+"""The prepare scripts and support/corpus.py: texts become token files, whole or not at all."""
 import itertools
 import json
 import os
@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, run, start
 from test_sample import run_here
 
-from data import corpus, tokens
+from support import corpus, tokens
+from support.errors import UserError
 
 
 @pytest.fixture
@@ -27,8 +28,9 @@ def repo(tmp_path, monkeypatch):
     for name in ('openwebtext', 'openwebtext-10k', 'shakespeare', 'shakespeare_char'):
         (repo / 'data' / name).mkdir(parents=True)
         shutil.copy(ROOT / 'data' / name / 'prepare.py', repo / 'data' / name)
-    for name in ('configurator.py', 'data/__init__.py', 'data/corpus.py', 'data/tokens.py'):
-        (repo / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / 'configurator.py', repo)
+    shutil.copytree(ROOT / 'support', repo / 'support')
+    (repo / 'data' / 'gpt2').symlink_to(ROOT / 'data' / 'gpt2')
     monkeypatch.setattr(sys, 'path', [*sys.path])  # the scripts add to it
     return repo
 
@@ -261,7 +263,7 @@ def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(tmp_path, mo
         corpus.write_dataset(tmp_path, tokens.GPT2_META, splits)
     assert len(os.listdir(tmp_path)) == 3
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r'missing or unfinished|is missing'):
+    with pytest.raises(UserError, match=r'missing or unfinished|is missing'):
         tokens.load_meta(tmp_path)
 
 

@@ -1,6 +1,4 @@
 """README.md, docs/ and their Chinese sides: the same in both, and each says what is true."""
-import configurator
-
 import functools
 import re
 import shlex
@@ -12,8 +10,9 @@ import torch
 from conftest import ROOT, copy_of_repo, log_of, options_in, start, succeed
 from torch.distributed.run import get_args_parser
 
-from hardware import PEAK_FLOPS
+import configurator
 from model import GPT, Block, GPTConfig
+from support.hardware import PEAK_FLOPS
 
 ENGLISH = ('README.md', *(f'docs/{name}.md' for name in (
     't9k', 'running', 'data', 'sizes', 'export', 'differences', 'troubleshooting')))
@@ -57,8 +56,9 @@ def test_both_languages_have_the_same_code_numbers_names_and_structure(page):
 def test_the_first_page_stays_short_and_leads_to_all_others():
     for page in ('README.md', 'README.zh-CN.md'):
         assert len(TEXT[page].splitlines()) <= 330
-    assert {str(path.relative_to(ROOT)) for path in ROOT.glob('docs/*.md')} <= {*TEXT}
-    for page in (*ENGLISH[1:], 'CONTRIBUTING.md', 'RECORDS.md'):
+    pages = {str(path.relative_to(ROOT)) for path in ROOT.glob('docs/*.md')}
+    assert pages <= {*TEXT, 'docs/records.md'}
+    for page in (*ENGLISH[1:], 'CONTRIBUTING.md', 'docs/records.md'):
         assert f'({page})' in README, page
 
 
@@ -95,7 +95,7 @@ def test_every_file_and_option_that_a_page_names_exists(page):
 
 
 def test_the_messages_that_the_pages_quote_are_in_the_code():
-    code = ''.join(path.read_text() for glob in ('*.py', 'data/*.py') for path in ROOT.glob(glob))
+    code = ''.join(path.read_text() for glob in ('*.py', 'support/*.py') for path in ROOT.glob(glob))
     for message in ('exists and would be overwritten', 'contradicts the checkpoint',
                     'processes cannot share', 'is missing or unfinished: run python',
                     'choose a smaller block_size', 'needs torch >= 2.9',

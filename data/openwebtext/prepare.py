@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
-
-from data import corpus
+from support import corpus
 
 HERE = Path(__file__).resolve().parent
 _FILES = ('hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/'

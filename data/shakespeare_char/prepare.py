@@ -8,8 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
-
-from data import corpus, tokens
+from support import corpus, tokens
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 from model import MASKS, GPTConfig
+from support.errors import UserError
 
 if hasattr(torch.serialization, 'set_crc32_options'):  # torch >= 2.6
     # torch.load never looks at the checksums, and they take as long as the writing.
@@ -85,18 +86,18 @@ def load_plain(path):
 def load_checkpoint(path):
     """The dict that train.py or nanoGPT saved at path, on the CPU; code in it is never run."""
     if not exists(path):
-        raise ValueError(f'{path} does not exist: expected a checkpoint of train.py, which starts '
-                         'a new run with --init_from=auto')
+        raise UserError(f'{path} does not exist: expected a checkpoint of train.py, which starts '
+                        'a new run with --init_from=auto')
     try:
         ckpt = load_plain(str(path))
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or no checkpoint ({type(error).__name__})'
         if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # torch 2.1 says the latter
             what = 'holds more than tensors and plain types, which could run code'
-        raise ValueError(f'{path}: {what}: expected a file that train.py wrote') from error
+        raise UserError(f'{path}: {what}: expected a file that train.py wrote') from error
     for key in ('model', 'model_args'):
         if not isinstance(ckpt, dict) or not isinstance(ckpt.get(key), dict):
-            raise ValueError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
+            raise UserError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
     # nanoGPT saved compiled and wrapped modules, and with torch < 2.0 the causal masks.
     ckpt['model'] = {name.replace('_orig_mod.', '').replace('module.', ''): tensor
                      for name, tensor in ckpt['model'].items() if not name.endswith(MASKS)}
@@ -106,30 +107,30 @@ def load_checkpoint(path):
 
 
 def check_fits(ckpt, shape, meta, optimizer):
-    """ValueError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
+    """UserError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
     saved = {**vars(GPTConfig()), **ckpt['model_args']}  # nanoGPT's first checkpoints lack bias
     for name, old in saved.items():
         value = getattr(shape, name, 'unknown')
         if value != old and name not in ('dropout', 'vocab_size'):
-            raise ValueError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}'
-                             f': type --{name}={old}, or --out_dir=... for a new run')
+            raise UserError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}'
+                            f': type --{name}={old}, or --out_dir=... for a new run')
     # AdamW's is the only state that nanoGPT's checkpoints can hold.
     old = ckpt.get('config', {}).get('optimizer', 'adamw')
     if 'optimizer' in ckpt and optimizer != old:
-        raise ValueError(f'--optimizer={optimizer} contradicts the checkpoint, which has {old}: '
-                         f'type --optimizer={old}, or --out_dir=... for a new run')
+        raise UserError(f'--optimizer={optimizer} contradicts the checkpoint, which has {old}: '
+                        f'type --optimizer={old}, or --out_dir=... for a new run')
     check_vocabulary(ckpt, meta)
 
 
 def check_vocabulary(ckpt, meta):
-    """ValueError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
+    """UserError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
     ours, theirs = ({key: value for key, value in m.items() if key not in ('tokens', 'source')}
                     for m in (meta, ckpt.get('meta') or meta))  # nanoGPT's have none
     size, need = ckpt['model_args'].get('vocab_size', 50257), meta['vocab_size']
     if ours != theirs or need > size:
         what = f'has {size} tokens, the data needs {need}' if need > size else "is not the data's"
         fix = 'choose data in its tokens' + (', or another --out_dir' if 'iter_num' in ckpt else '')
-        raise ValueError(f"the model's vocabulary {what}: {fix}")
+        raise UserError(f"the model's vocabulary {what}: {fix}")
 
 
 def load_optimizers(optimizers, saved):
@@ -139,6 +140,6 @@ def load_optimizers(optimizers, saved):
     saved = saved if isinstance(saved, list) else [saved]
     ours = [optimizer.state_dict() for optimizer in optimizers]
     if places(saved) != places(ours):
-        raise ValueError("the checkpoint's optimizer has other parameters than the model")
+        raise UserError("the checkpoint's optimizer has other parameters than the model")
     for optimizer, own, state in zip(optimizers, ours, saved):
         optimizer.load_state_dict({**own, 'state': state['state']})

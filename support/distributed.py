@@ -3,8 +3,6 @@
 RANK, LOCAL_RANK and WORLD_SIZE identify a process; MASTER_ADDR and MASTER_PORT are the address of
 rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
 """
-import configurator
-
 import itertools
 import json
 import os
@@ -21,6 +19,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import configurator
+from support.errors import UserError
+
 # Errors of gloo, NCCL and the store, torch 1.13 to 2.14, when another process is gone or hangs.
 # Their classes in torch 2 (DistBackendError, ...) are not enough: they also report mistakes.
 LOST_PEER = re.compile(
@@ -32,20 +33,20 @@ UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all p
 
 
 def environment():
-    """(rank, local_rank, world_size), (0, 0, 1) if they are not set. ValueError if invalid."""
+    """(rank, local_rank, world_size), (0, 0, 1) if they are not set. UserError if invalid."""
     env = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_PORT': '', **os.environ}
     names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
     for name in names:
         if not env[name].isdecimal():
-            raise ValueError(f'{name}={env[name]}: expected an integer, e.g. {name}=1')
+            raise UserError(f'{name}={env[name]}: expected an integer, e.g. {name}=1')
     rank, local_rank, world_size = (int(env[name]) for name in names)
     if rank >= world_size:
-        raise ValueError(f'RANK={rank}: expected less than WORLD_SIZE={world_size}')
+        raise UserError(f'RANK={rank}: expected less than WORLD_SIZE={world_size}')
     port = env['MASTER_PORT']
     if world_size > 1 and not (
             'MASTER_ADDR' in env and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ValueError(f'WORLD_SIZE={world_size}: expected MASTER_ADDR and MASTER_PORT, '
-                         'too, e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
+        raise UserError(f'WORLD_SIZE={world_size}: expected MASTER_ADDR and MASTER_PORT, '
+                        'too, e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
     return rank, local_rank, world_size
 
 
@@ -55,8 +56,8 @@ def split(sequences, batch_size):
     share, rest = divmod(sequences, world_size)
     if rest:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
-        raise ValueError(f'{world_size} processes cannot share batch_size x '
-                         f'gradient_accumulation_steps = {sequences} sequences; valid: {valid}')
+        raise UserError(f'{world_size} processes cannot share batch_size x '
+                        f'gradient_accumulation_steps = {sequences} sequences; valid: {valid}')
     steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
     return steps, share // steps
 

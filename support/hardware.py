@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from support.errors import UserError
+
 # Dense bfloat16 peak in FLOP/s, from the makers' data sheets (V100: float16). First match wins.
 PEAK_FLOPS = {
     'V100': 125e12, 'A100': 312e12, 'A800': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12,
@@ -43,15 +45,15 @@ def resolve_device(device, local_rank=0):
     if device == 'auto':
         kind = next(k for k, ok in there.items() if ok)
     if kind not in there or not (index == '' or kind == 'cuda' and index.isdigit()):
-        raise ValueError(f'--device={device}: expected auto, cpu, cuda, cuda:0 or mps')
+        raise UserError(f'--device={device}: expected auto, cpu, cuda, cuda:0 or mps')
     if not there[kind]:
-        raise ValueError(f'--device={device}: not available on this machine; type --device=auto')
+        raise UserError(f'--device={device}: not available on this machine; type --device=auto')
     if kind != 'cuda':
         return kind
     index, count = int(index or local_rank), torch.cuda.device_count()
     if index >= count:
-        raise ValueError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
-                         'and set LOCAL_RANK to 0 if each sees its own GPU only')
+        raise UserError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
+                        'and set LOCAL_RANK to 0 if each sees its own GPU only')
     torch.cuda.set_device(index)
     torch.set_float32_matmul_precision('high')
     return f'cuda:{index}'
@@ -62,7 +64,7 @@ def resolve_dtype(dtype, device):
     else 'float32'."""
     kind = torch.device(device).type
     if dtype == 'float16' and kind == 'cpu':
-        raise ValueError('--dtype=float16 needs a GPU; type --dtype=auto')
+        raise UserError('--dtype=float16 needs a GPU; type --dtype=auto')
     if dtype != 'auto':
         return dtype
     if kind == 'cuda':  # torch's own is_bf16_supported counts emulation, which is slow

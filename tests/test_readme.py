@@ -95,7 +95,7 @@ def test_every_file_and_option_that_a_page_names_exists(page):
 
 
 def test_the_messages_that_the_pages_quote_are_in_the_code():
-    code = ''.join(path.read_text() for glob in ('*.py', 'support/*.py') for path in ROOT.glob(glob))
+    code = ''.join(path.read_text() for path in [*ROOT.glob('*.py'), *ROOT.glob('support/*.py')])
     for message in ('exists and would be overwritten', 'contradicts the checkpoint',
                     'processes cannot share', 'is missing or unfinished: run python',
                     'choose a smaller block_size', 'needs torch >= 2.9',

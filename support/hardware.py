@@ -81,11 +81,6 @@ def autocast(device, dtype):
             torch.autocast(torch.device(device).type, getattr(torch, dtype)))
 
 
-def grad_scaler(enabled):
-    kind = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)  # torch < 2.3: the latter
-    return kind(enabled=enabled)
-
-
 def batches(rows, device):
     """Inputs and targets, LongTensors (B, T) on the device, for each array (B, T + 1) of `rows`.
 

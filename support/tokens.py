@@ -100,12 +100,9 @@ class Tokens:
     def __len__(self):
         return self.n_tokens
 
-    def draw(self, seed_key, n, edges, length, first=0, step=1):
-        """Yield batches of n rows at random offsets, which depend on seed_key and n alone: rows
-        edges[i] to edges[i + 1] for i = first, first + step, ..."""
-        offsets = np.random.default_rng(seed_key).integers(len(self) - length + 1, size=n)
-        for i in range(first, len(edges) - 1, step):
-            yield self.cut(offsets[edges[i]:edges[i + 1]], length)
+    def random_offsets(self, key, n, length):
+        """n random places at which `length` tokens start; they depend on the key and n alone."""
+        return np.random.default_rng(key).integers(len(self) - length + 1, size=n)
 
     def cut(self, offsets, length):
         """The rows tokens[offset : offset + length], int64 (len(offsets), length). OSError if the

@@ -7,13 +7,15 @@ from conftest import ROOT
 
 # What each file may import of ours. Imports go one way: every name here stands above its users.
 ORDER = {
-    'support.errors': set(),
+    'support.errors support.compat': set(),
     'configurator support.huggingface support.tokens support.hardware': {'support.errors'},
     'model': {'support.errors', 'support.huggingface'},  # the latter inside two methods
     'support.corpus': {'support.errors', 'support.tokens'},
     'prepare': {'configurator', 'support.corpus', 'support.tokens'},
-    'support.checkpoint support.distributed support.metrics': {
-        'configurator', 'model', 'support.errors', 'support.tokens'},
+    'support.metrics': {'support.errors'},
+    'support.checkpoint': {'model', 'support.compat', 'support.errors', 'support.tokens'},
+    'support.distributed': {'configurator', 'support.compat', 'support.errors'},
+    'support.rendezvous': {'support.compat', 'support.distributed', 'support.errors'},
 }
 SCRIPTS = {'train', 'sample', 'export', 'plot', 'bench'}
 ADVICE = 'if that is meant, change ORDER in tests/test_house.py'

@@ -270,8 +270,8 @@ def test_a_checkpoint_replaced_while_others_are_awaited_is_read_already(
     """By a worker's predecessor, say, which is about to end. A mapped file would be read late."""
     out_dir, again = (shutil.copytree(trained, tmp_path / name) for name in ('out', 'again'))
     train = patched_train(tmp_path, """
-        join, path = distributed.join, sys.argv.pop(1)
-        distributed.join = lambda *args: (open(path, 'wb').close(), join(*args))
+        join, path = rendezvous.join, sys.argv.pop(1)
+        rendezvous.join = lambda *args: (open(path, 'wb').close(), join(*args))
         """)
     options = (*TINY, f'--dataset={data_set}', '--init_from=resume', '--max_iters=12')
     succeed([start(train, out_dir / 'ckpt.pt', *options, f'--out_dir={out_dir}'),
@@ -360,7 +360,7 @@ def test_the_device_never_computes_in_float64(data_set, tmp_path):
             return moved
 
         torch.Tensor.cpu = moves(torch.Tensor.cpu, 'host')
-        distributed.total = moves(distributed.total, 'device')
+        metrics.Log.tell = moves(metrics.Log.tell, 'device')
         Watch().__enter__()
         """)
     [done] = succeed([start(
@@ -388,7 +388,7 @@ def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt
                 return 1024 * int(re.search(r'RssAnon:\\s*(\\d+)', status.read())[1])
 
         torch.nn.parallel.DistributedDataParallel = lambda model, **options: model
-        metrics.Log = lambda *args: distributed.leave(0, f'holds {own() - imported}')
+        metrics.Log = lambda *args, **kwargs: distributed.leave(0, f'holds {own() - imported}')
         imported = own()
         """)
     for rank, script in enumerate(succeed(start_ranks(world_size, train, *options))):
@@ -515,7 +515,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set,
     """float16 on a CPU, for once; the gradient of one of Muon's matrices is infinite in step 4."""
     train = patched_train(tmp_path, """
         import functools, itertools
-        torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=8.0)
+        compat.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=8.0)
         hardware.resolve_dtype = lambda *args: 'float16'
         steps = itertools.count(1)
 

@@ -19,13 +19,15 @@ from pathlib import Path
 
 from support.errors import UserError
 
-FOREIGN = {  # options of other programs, and what to use here instead
-    'lr': 'type --learning_rate',
-    'epochs': 'type --max_iters, in optimizer steps',
-    'decay_lr': 'for a constant rate set min_lr equal to learning_rate',
-    'always_save_checkpoint': 'every evaluation saves ckpt.pt, and best.pt if it is the best',
-    'wandb_log': 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard',
-    'backend': 'it is chosen by device: NCCL for CUDA, else gloo',
+# Options of other programs: what to use instead, in a script that has the option named first.
+FOREIGN = {
+    'lr': ('learning_rate', 'type --learning_rate'),
+    'epochs': ('max_iters', 'type --max_iters, in optimizer steps'),
+    'decay_lr': ('min_lr', 'for a constant rate set min_lr equal to learning_rate'),
+    'always_save_checkpoint': (
+        'eval_interval', 'every evaluation saves ckpt.pt, and best.pt if it is the best'),
+    'wandb_log': ('log_interval', 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard'),
+    'backend': ('dist_timeout', 'it is chosen by device: NCCL for CUDA, else gloo'),
 }
 
 
@@ -116,10 +118,13 @@ def read_config(path, defaults, values):
 
 
 def check_known(key, defaults, where):
-    if key not in defaults:
+    if key in defaults:
+        return
+    needed, hint = FOREIGN.get(key, ('', ''))
+    if needed not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
-        raise UserError(f'{where}: unknown option {key}; {FOREIGN.get(key, hint)}')
+    raise UserError(f'{where}: unknown option {key}; {hint}')
 
 
 def parse(value, default, where):

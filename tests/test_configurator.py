@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from conftest import ROOT, options_in, run
+from test_sample import run_here
 
 import configurator
 from support.errors import UserError
@@ -23,6 +24,11 @@ def refuse(*argv, **limits):
     script, _, line = caught.value.code.partition(': ')  # a string: to stderr, with exit code 1
     assert script == configurator.this_script() and '\n' not in line
     return line
+
+
+def options_shown(help_text):
+    """{name: value, as text} of each option in the output of --help."""
+    return dict(re.findall(r'^  --(\w+)=(\S*)', help_text, re.MULTILINE))
 
 
 @pytest.fixture
@@ -79,11 +85,21 @@ def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
 
 @pytest.mark.parametrize('name', configurator.FOREIGN)
 def test_an_option_known_from_elsewhere_is_refused_with_what_takes_its_place(name):
-    options = {option: default for option, default, _ in options_in('train.py')}
-    advice = configurator.FOREIGN[name]
-    with pytest.raises(SystemExit, match=f'--{name}=1: unknown option {name}; {advice}$'):
-        configurator.override(options, [f'--{name}=1'], 'train.py')
+    _, advice = configurator.FOREIGN[name]
+    line = f'--{name}=1: unknown option {name}; {advice}'
+    assert run('train.py', f'--{name}=1').err == f'train.py: {line}\n'
+    options = options_shown(run('train.py', '--help').out)
     assert set(re.findall(r'\w+_\w+', advice)) <= options.keys()
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'plot.py', 'data/openwebtext/prepare.py'])
+def test_no_script_is_told_to_use_an_option_that_it_lacks(script):
+    options = options_shown(run_here(script, '--help').out)
+    for name, (_, advice) in configurator.FOREIGN.items():
+        line = run_here(script, f'--{name}=1').err
+        assert f'unknown option {name}; ' in line
+        assert advice not in line or set(re.findall(r'\w+_\w+', advice)) <= options.keys()
+    assert 'learning_rate' not in run_here(script, '--lr=3').err
 
 
 @pytest.mark.parametrize(('text', 'says'), [

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT, Script
 from safetensors.torch import load_file, save_file
 from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
@@ -178,21 +179,25 @@ def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
 def test_loading_takes_less_than_one_and_a_half_times_the_weights(tmp_path):
-    random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path)  # 175 MB
+    random_gpt().save_pretrained(tmp_path / 'tiny')
+    random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path / 'large')
+    program = tmp_path / 'program.py'  # a process of its own: nothing was freed there before
+    program.write_text("""import re, sys
+from pathlib import Path
+from model import GPT
 
-    def peak():  # bytes, since the fork: ru_maxrss would count the parent's
-        return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+def memory(which):
+    return int(re.search(rf'{which}:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])
 
-    percent = 0
-    if (child := os.fork()) == 0:
-        try:
-            base = peak()
-            n_params = GPT.from_pretrained(tmp_path).num_params()
-            percent = min(255, 100 * (peak() - base) // (4 * n_params))
-        finally:
-            os._exit(percent)
-    # Memory that the tests have freed counts less.
-    assert 50 < os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 150
+GPT.from_pretrained(sys.argv[1])  # whatever is imported and kept at the first time
+before = memory('VmRSS')
+gpt = GPT.from_pretrained(sys.argv[2])
+print(1024 * (memory('VmHWM') - before) / (4 * gpt.num_params()))
+""")
+    done = Script([sys.executable, program, tmp_path / 'tiny', tmp_path / 'large'],
+                  {'PYTHONPATH': str(ROOT)}).wait()
+    assert done.code == 0, done.err
+    assert 0.9 < float(done.out) < 1.5
 
 
 # ------------------------------------------------------------------------------- weights out

@@ -16,7 +16,7 @@ from test_sample import run_here
 from torch.nn import Linear
 
 from model import GPT, GPTConfig
-from support import tokens
+from support import huggingface, tokens
 from support.errors import UserError
 
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -138,9 +138,32 @@ def test_wrong_and_damaged_files_are_named(folder):
         assert str(path) in refused(folder)
     path.unlink()
     assert str(path) in refused(folder)
+    index = folder / 'model.safetensors.index.json'
+    for text in ('', '{"weight_map": ', '{}', '{"weight_map": null}'):
+        index.write_text(text)
+        assert str(index) in refused(folder)
     for text in ('', '{"model_type": ', '[1, 2]', '\xff', '{"some": "thing"}'):
         (folder / 'config.json').write_text(text, encoding='latin1')
         assert 'config.json: ' in refused(folder)
+        done = run_here('sample.py', f'--init_from={folder}')
+        assert done.code == 1 and done.out == ''
+        assert re.fullmatch(r'sample\.py: [^\n]*config\.json: [^\n]*\n', done.err), done.err
+
+
+@pytest.mark.parametrize('step', ['read_shape', 'read_tensors', 'convert', 'configs'])
+def test_a_bug_keeps_its_traceback(step, folder, tmp_path, monkeypatch):
+    gpt, bug = random_gpt(), ValueError('planted')
+
+    def in_and_out():
+        GPT.from_pretrained(folder)
+        gpt.save_pretrained(tmp_path / 'new')
+
+    in_and_out()
+    shutil.rmtree(tmp_path / 'new')
+    monkeypatch.setattr(huggingface, step, Mock(side_effect=bug))
+    with pytest.raises(ValueError, match='planted') as caught:
+        in_and_out()
+    assert caught.value is bug
 
 
 def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(folder):
@@ -173,7 +196,7 @@ def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
     message = refused('gpt2-xl')
     assert 'gpt2-xl: could not be downloaded (TypeError)' in message and 'HF_ENDPOINT' in message
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ModuleNotFoundError):  # which configurator.py turns into one line
+    with pytest.raises(ModuleNotFoundError):  # Python's own words name the package
         GPT.from_pretrained('gpt2-xl')
 
 

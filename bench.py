@@ -39,8 +39,8 @@ def known(words):
     return set(words.split()) <= set(CASES)
 
 
-limits = {'rounds': configurator.at_least(1), 'batch_size': configurator.at_least(0),
-          'cases': (f'any of {", ".join(CASES)}', known)}
+limits = [(configurator.at_least(1), ['rounds']), (configurator.at_least(0), ['batch_size']),
+          ((f'any of {", ".join(CASES)}', known), ['cases'])]
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 with configurator.user_errors():

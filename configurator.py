@@ -2,7 +2,7 @@
 
 A script starts with its options, `name = default  # unit and meaning`, and a table of limits:
 
-    limits = {'steps warmup': at_least(1), 'dropout': between(0, 1), 'kind': one_of('a', 'b')}
+    limits = [(at_least(1), ['steps', 'warmup']), (one_of('a', 'b'), ['kind'])]
     options = configurator.options(globals())
     globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 """
@@ -51,10 +51,10 @@ def options(namespace):
     return {k: v for k, v in namespace.items() if k[0] != '_' and isinstance(v, (int, float, str))}
 
 
-def override(defaults, argv, script, limits=None):
+def override(defaults, argv, script, limits=()):
     """`defaults` after every config file and --key=value of `argv`, in the order given.
 
-    limits: {'one or more names': (the expected values, in words; a function that checks a value)}.
+    limits: [((the expected values, in words; a function that checks a value), names of options)].
     A mistake ends the program with one line. --help prints the options, as set so far, and exits.
     """
     values = dict(defaults)
@@ -73,8 +73,7 @@ def override(defaults, argv, script, limits=None):
                 values[key] = parse(text, defaults[key], arg)
             else:
                 read_config(arg, defaults, values)
-        if limits:
-            check_limits(values, limits)
+        check_limits(values, limits)
     return values
 
 
@@ -88,8 +87,8 @@ def print_help(values, script):
 
 
 def check_limits(values, limits):
-    for names, (expected, fits) in limits.items():
-        for name in names.split():
+    for (expected, fits), names in limits:
+        for name in names:
             if not fits(values[name]):
                 raise UserError(f'--{name}={values[name]}: expected {expected}')
 

@@ -24,7 +24,7 @@ checkpoint = 'ckpt.pt'  # file in it: ckpt.pt, the newest, or best.pt, the lowes
 hf_dir = 'hf'  # folder to write, new or empty
 dtype = 'float32'  # of the weights written: float32, bfloat16 or float16
 keep_vocab = False  # keep embeddings beyond the tokenizer's vocabulary (padded to 50304 for speed)
-limits = {'dtype': one_of('float32', 'bfloat16', 'float16')}
+limits = [(one_of('float32', 'bfloat16', 'float16'), ['dtype'])]
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__,
                                        limits))
 

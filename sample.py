@@ -15,10 +15,9 @@ import torch
 import configurator
 from configurator import at_least, between, one_of
 from model import GPT
-from support import tokens
+from support import hardware, tokens
 from support.checkpoint import load_checkpoint
 from support.errors import UserError
-from support.hardware import resolve_device, resolve_dtype
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
@@ -32,10 +31,14 @@ top_p = 1.0  # draw from the likeliest tokens with this total probability; 1: fr
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # of the weights: auto (bfloat16 where the hardware has it), float32, ...
-limits = {'num_samples': at_least(1), 'max_new_tokens top_k': at_least(0),
-          'temperature': ('0, or 0.0001 or more', lambda value: value == 0 or value >= 1e-4),
-          'top_p': ('more than 0, at most 1', lambda value: 0 < value <= 1),
-          'seed': between(0, 2**63), 'dtype': one_of('auto', 'float32', 'bfloat16', 'float16')}
+limits = [
+    (at_least(0), ['max_new_tokens', 'top_k']),
+    (at_least(1), ['num_samples']),
+    (('0, or 0.0001 or more', lambda value: value == 0 or value >= 1e-4), ['temperature']),
+    (('more than 0, at most 1', lambda value: 0 < value <= 1), ['top_p']),
+    (between(0, 2**63), ['seed']),
+    (one_of('auto', 'float32', 'bfloat16', 'float16'), ['dtype']),
+]
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__,
                                        limits))
 
@@ -52,8 +55,7 @@ def prompt_text():
 
 
 with configurator.user_errors():
-    place = resolve_device(device)
-    number_format = resolve_dtype(dtype, place)
+    place, number_format = hardware.resolve(device, dtype)
     if init_from == 'resume':
         ckpt = load_checkpoint(Path(out_dir) / checkpoint)
         model = GPT.from_checkpoint(ckpt)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 from configurator import at_least, between, more_than, one_of, user_errors
 from model import GPT, GPTConfig
-from support import checkpoint, compat, distributed, hardware, huggingface, rendezvous, tokens
+from support import checkpoint, distributed, hardware, huggingface, rendezvous, tokens
 from support.errors import UserError
 from support.metrics import Log
 
@@ -64,18 +64,18 @@ dtype = 'auto'  # auto (bfloat16 where the hardware has it), float32, bfloat16, 
 compile = 'auto'  # torch.compile: auto (on for CUDA), True, False
 dist_timeout = 600  # seconds after which an unresponsive process counts as lost
 grad_compress = False  # all-reduce gradients as bfloat16: half the bytes on a slow network
-limits = {
-    'max_iters': at_least(0), 'checkpoint_interval': at_least(0), 'warmup_iters': at_least(0),
-    'lr_decay_iters': at_least(0), 'grad_clip': at_least(0), 'min_lr': at_least(0),
-    'weight_decay': at_least(0), 'muon_learning_rate': at_least(0), 'eval_interval': at_least(1),
-    'eval_iters': at_least(1), 'log_interval': at_least(1), 'dist_timeout': at_least(1),
-    'block_size': at_least(1), 'batch_size': at_least(1),
-    'gradient_accumulation_steps': at_least(1), 'n_layer': at_least(1), 'n_head': at_least(1),
-    'n_embd': at_least(1), 'learning_rate': more_than(0), 'beta1': between(0, 1),
-    'beta2': between(0, 1), 'dropout': between(0, 1), 'seed': between(0, 2**63),
-    'lr_schedule': one_of('cosine', 'linear'), 'compile': one_of('auto', True, False),
-    'dtype': one_of('auto', 'float32', 'bfloat16', 'float16'),
-}
+limits = [
+    (at_least(0), ['max_iters', 'checkpoint_interval', 'warmup_iters', 'lr_decay_iters', 'min_lr',
+                   'muon_learning_rate', 'weight_decay', 'grad_clip']),
+    (at_least(1), ['eval_interval', 'eval_iters', 'log_interval', 'block_size', 'batch_size',
+                   'gradient_accumulation_steps', 'n_layer', 'n_head', 'n_embd', 'dist_timeout']),
+    (more_than(0), ['learning_rate']),
+    (between(0, 1), ['dropout', 'beta1', 'beta2']),
+    (between(0, 2**63), ['seed']),
+    (one_of('cosine', 'linear'), ['lr_schedule']),
+    (one_of('auto', 'float32', 'bfloat16', 'float16'), ['dtype']),
+    (one_of('auto', True, False), ['compile']),
+]
 config = configurator.override(configurator.options(globals()), sys.argv[1:], __file__, limits)
 globals().update(config)
 decay_end = lr_decay_iters if lr_decay_iters > 0 else max_iters
@@ -86,8 +86,7 @@ max_norm = grad_clip if grad_clip > 0 else math.inf
 stop = distributed.StopRequest()  # SIGTERM, Ctrl-C
 with user_errors():
     rank, local_rank, world_size = distributed.environment()
-    torch_device = torch.device(hardware.resolve_device(device, local_rank))
-    amp_dtype = hardware.resolve_dtype(dtype, torch_device)
+    torch_device, amp_dtype = hardware.resolve(device, dtype, local_rank)
     if warmup_iters > decay_end > 0:
         raise UserError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
@@ -98,9 +97,9 @@ is_main = rank == 0
 # ------------------------------------------------------------------------------------ data
 with user_errors():
     data_dir = tokens.folder_of(dataset)
-    meta = tokens.load_meta(data_dir)
     data = {split: tokens.Tokens(data_dir, split, least=block_size + 1)
             for split in ('train', 'val')}
+    meta = data['train'].meta
 
 
 def train_rows(iter_num):
@@ -120,8 +119,9 @@ def eval_rows(split):
     """This process's part of the eval_iters batches of an evaluation, the same every time."""
     key = [seed, ('train', 'val').index(split), 2**32 - 1]  # no step has this number
     offsets = data[split].random_offsets(key, eval_iters * batch_size, block_size + 1)
-    for i in range(rank, eval_iters, world_size):
-        yield data[split].cut(offsets[i * batch_size:(i + 1) * batch_size], block_size + 1)
+    for batch in range(rank, eval_iters, world_size):
+        first = batch * batch_size
+        yield data[split].cut(offsets[first:first + batch_size], block_size + 1)
 
 
 # ----------------------------------------------------------------------------------- model
@@ -191,7 +191,7 @@ with distributed.lost_peers():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if grad_compress:
             model.register_comm_hook(None, distributed.compress_hook)
-autocast = hardware.autocast(torch_device, amp_dtype)
+autocast, scaler = hardware.mixed_precision(torch_device, amp_dtype)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
 best_val_loss = state.get('best_val_loss', math.inf)
 val_loss = state.get('val_loss')  # after iter_num steps; None: not evaluated yet
@@ -202,7 +202,6 @@ with user_errors():
         optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay)
     if 'optimizer' in state:
         checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
-scaler = compat.GradScaler(enabled=amp_dtype == 'float16')  # else its small gradients underflow
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
 
@@ -282,11 +281,9 @@ if eval_only:
         log.tell(iter_num, numbers)
     log.close()
     distributed.finish(exit_code, stop)
-
 if ddp:
     with distributed.lost_peers(), autocast:
         distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
-
 with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else None):
     batches = hardware.batches(train_rows(iter_num), torch_device)
     exit_code = 0
@@ -357,8 +354,7 @@ with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else Non
 
 log.close()
 if exit_code:
-    log.say(f'stopped after step {iter_num} (saved to {ckpt_path}); '
-            f'resume with "{resume_command}"')
+    log.say(f'stopped after step {iter_num} (saved to {ckpt_path}); resume with "{resume_command}"')
 else:
     log.say(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
             f'sample with "python sample.py --out_dir={out_dir}"')

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from support import compat
 from support.errors import UserError
 
 # Dense bfloat16 peak in FLOP/s, from the makers' data sheets (V100: float16). First match wins.
@@ -92,11 +93,19 @@ def resolve_dtype(dtype, device):
     return 'float32'
 
 
-def autocast(device, dtype):
-    """autocast, or nothing for float32."""
-    if dtype == 'float32':
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+def resolve(device, dtype, local_rank=0):
+    """(torch.device, dtype's name) of what --device and --dtype ask for."""
+    torch_device = torch.device(resolve_device(device, local_rank))
+    return torch_device, resolve_dtype(dtype, torch_device)
+
+
+def mixed_precision(device, dtype):
+    """(autocast, or nothing for float32; the scaler of the loss, which does nothing but in float16,
+    where small gradients would underflow)."""
+    autocast = nullcontext()
+    if dtype != 'float32':
+        autocast = torch.autocast(device.type, getattr(torch, dtype))
+    return autocast, compat.GradScaler(enabled=dtype == 'float16')
 
 
 def batches(rows, device):

@@ -88,14 +88,16 @@ class Tokens:
     """
 
     def __init__(self, folder, split, least=1):
-        meta = load_meta(folder)
+        self.meta = load_meta(folder)
         self.path = Path(folder, f'{split}.bin')
-        self.vocab_size = meta['vocab_size']
+        self.vocab_size = self.meta['vocab_size']
         if not self.path.is_file():
             raise UserError(missing(self.path))
         self.file = open(self.path, 'rb', buffering=0)
         n_bytes = os.fstat(self.file.fileno()).st_size
-        self.n_tokens = meta['tokens'][split] if 'tokens' in meta else n_bytes // 2
+        self.n_tokens = n_bytes // 2
+        if 'tokens' in self.meta:
+            self.n_tokens = self.meta['tokens'][split]
         expected = 2 * max(self.n_tokens, 1)
         if n_bytes != expected:
             raise UserError(f'{self.path} has {n_bytes:,} bytes, expected {expected:,}: copy it '

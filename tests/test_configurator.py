@@ -13,14 +13,14 @@ DEFAULTS = {'n_layer': 12, 'learning_rate': 6e-4, 'bias': False, 'out_dir': 'out
             'compile': 'auto', 'start': '\n', 'width': 5}
 
 
-def override(*argv, **limits):
+def override(*argv, limits=()):
     return configurator.override(DEFAULTS, argv, 'script.py', limits)
 
 
-def refuse(*argv, **limits):
+def refuse(*argv, limits=()):
     """The one line that ends the script, without the script's name."""
     with pytest.raises(SystemExit) as caught:
-        override(*argv, **limits)
+        override(*argv, limits=limits)
     script, _, line = caught.value.code.partition(': ')  # a string: to stderr, with exit code 1
     assert script == configurator.this_script() and '\n' not in line
     return line
@@ -121,12 +121,12 @@ def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, says, config
     (configurator.between(0, 2), [0, 1], [-1, 2], '0 or more, and less than 2'),
     (configurator.one_of(5, 7), [5, 7], [6], '5 or 7')])
 def test_the_last_value_of_each_name_is_held_to_its_limit(limit, taken, refused, words, config):
-    limits = {'n_layer width': limit, 'out_dir': configurator.one_of('out')}
+    limits = [(limit, ['n_layer', 'width']), (configurator.one_of('out'), ['out_dir'])]
     for value in taken:
-        override('--n_layer=99', f'--n_layer={value}', f'--width={value}', **limits)
+        override('--n_layer=99', f'--n_layer={value}', f'--width={value}', limits=limits)
     for bad in refused:
         for name, source in ('n_layer', f'--n_layer={bad}'), ('width', config(f'width = {bad}')):
-            line = refuse(f'--n_layer={taken[0]}', f'--width={taken[0]}', source, **limits)
+            line = refuse(f'--n_layer={taken[0]}', f'--width={taken[0]}', source, limits=limits)
             assert line == f'--{name}={bad}: expected {words}'
 
 

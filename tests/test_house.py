@@ -8,7 +8,8 @@ from conftest import ROOT
 # What each file may import of ours. Imports go one way: every name here stands above its users.
 ORDER = {
     'support.errors support.compat': set(),
-    'configurator support.huggingface support.tokens support.hardware': {'support.errors'},
+    'configurator support.huggingface support.tokens': {'support.errors'},
+    'support.hardware': {'support.compat', 'support.errors'},
     'model': {'support.errors', 'support.huggingface'},  # the latter inside two methods
     'support.corpus': {'support.errors', 'support.tokens'},
     'prepare': {'configurator', 'support.corpus', 'support.tokens'},

@@ -53,17 +53,19 @@ def layer_norm(config):
 
 def attention(q, k, v, causal, dropout):
     """softmax(q k^T / sqrt(hs)) v on (B, nh, T, hs); causal: position t sees only 0..t."""
-    B, nh, T, hs = q.shape
+    T, hs = q.shape[-2:]
     # On a CPU in bfloat16, torch's fused attention takes three times as long, forward and backward,
     # as the plain form, which stores T x T weights and so is used for short sequences only.
     plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 256
     if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 has none
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    mask = q.new_full((T, k.size(1)), float('-inf') if causal else 0.0).triu(1)
-    att = torch.baddbmm(mask.expand(B * nh, -1, -1), q, k.transpose(1, 2), alpha=hs**-0.5)
-    att = F.dropout(att.softmax(-1), dropout, training=dropout > 0)
-    return (att.to(v.dtype) @ v).view(B, nh, T, hs)
+    att = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
+    if causal:
+        # Made in float32: on a GPU, torch < 2.1 has no triu in bfloat16.
+        mask = torch.full((T, T), float('-inf'), device=q.device).triu(1)
+        att = att + mask.to(att.dtype)
+    att = F.dropout(att.softmax(-1), dropout)
+    return att @ v
 
 
 class CausalSelfAttention(nn.Module):

@@ -109,6 +109,51 @@ def test_attention_without_torchs_own_and_in_bfloat16_is_near_it(T, monkeypatch)
         assert (c - a).norm() <= 1e-5 * a.norm() + 1e-6
 
 
+def share_of_zeros(x):
+    return x.eq(0).float().mean().item()
+
+
+def test_dropout_acts_on_the_embeddings_and_on_both_branches_in_training_alone():
+    gpt = random_gpt(dropout=0.3)
+    block, seen = gpt.transformer.h[1], {}
+    gpt.transformer.h[0].register_forward_pre_hook(lambda _, x: seen.update(embeddings=x[0]))
+    block.attn.register_forward_hook(lambda _, x, y: seen.update(attention=y))
+    block.mlp.register_forward_hook(lambda _, x, y: seen.update(mlp=y))
+    idx = torch.randint(61, (50, 12))
+    for training, expected in (True, 0.3), (False, 0.0):
+        gpt.train(training)(idx)
+        shares = {name: share_of_zeros(y) for name, y in seen.items()}
+        assert shares == pytest.approx(dict.fromkeys(('embeddings', 'attention', 'mlp'), expected),
+                                       abs=0.03)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_dropout_acts_on_the_weights_of_attention_in_training_alone(fused, monkeypatch):
+    if not fused:
+        monkeypatch.delattr(F, 'scaled_dot_product_attention', raising=False)
+    attn = random_gpt(dropout=0.3).transformer.h[0].attn
+    attn.resid_dropout.p = 0.0
+    with torch.no_grad():  # queries and keys are 0, values 1; what is attended to is passed on
+        attn.c_attn.weight.zero_()
+        attn.c_attn.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(24))
+        attn.c_proj.weight.copy_(torch.eye(24))
+        attn.c_proj.bias.zero_()
+    x = torch.randn(2000, 12, 24)
+    y = attn.train()(x)
+    assert share_of_zeros(y[:, 0]) == pytest.approx(0.3, abs=0.03)  # it sees itself alone
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+    assert_close(attn.eval()(x), torch.ones_like(x), 'evaluation')
+
+
+def test_a_row_of_a_batch_does_not_depend_on_the_others():
+    gpt, idx = random_gpt(), torch.randint(61, (4, 12))
+    changed = idx.roll(1, 1)
+    changed[2] = idx[2]
+    moved = (gpt(changed)[0] - gpt(idx)[0]).abs().amax((1, 2))
+    assert moved[2] == 0 and moved[[0, 1, 3]].min() > 0.1
+    assert_close(gpt(idx[2:3])[0], gpt(idx)[0][2:3], 'alone')
+
+
 def test_a_token_never_sees_the_future():
     gpt, idx = random_gpt(), torch.randint(61, (1, 12)).repeat(12, 1)
     changed = (idx + torch.eye(12, dtype=torch.long)) % 61  # row t at position t

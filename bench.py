@@ -1,6 +1,6 @@
 """Measure the speed here, in minutes: python bench.py [--cases=step] [--compile=True]
 
-GPT-2 124M, next to a plain program in nanoGPT's style: all logits, batches stacked from a memory
+GPT-2 124M, next to a plain program in nanoGPT's style: batches stacked from a memory
 map opened for each, sampling without a cache (timed at the mean context), checkpoints not synced;
 on CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, is next
 to tiktoken alone, scaled perfectly to all threads. Each measurement is a process, the two sides

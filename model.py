@@ -18,11 +18,6 @@ from torch.nn import functional as F
 
 from support.errors import UserError
 
-try:
-    from torch.compiler import is_compiling
-except ImportError:  # torch 2.1 has it elsewhere, torch 1.13 has no compiler
-    is_compiling = getattr(torch._utils, 'is_compiling', lambda: False)
-
 MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, not weights
 
 
@@ -53,17 +48,19 @@ def layer_norm(config):
 
 def attention(q, k, v, causal, dropout):
     """softmax(q k^T / sqrt(hs)) v on (B, nh, T, hs); causal: position t sees only 0..t."""
-    B, nh, T, hs = q.shape
+    T, hs = q.shape[-2:]
     # On a CPU in bfloat16, torch's fused attention takes three times as long, forward and backward,
     # as the plain form, which stores T x T weights and so is used for short sequences only.
     plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 256
     if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 has none
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    mask = q.new_full((T, k.size(1)), float('-inf') if causal else 0.0).triu(1)
-    att = torch.baddbmm(mask.expand(B * nh, -1, -1), q, k.transpose(1, 2), alpha=hs**-0.5)
-    att = F.dropout(att.softmax(-1), dropout, training=dropout > 0)
-    return (att.to(v.dtype) @ v).view(B, nh, T, hs)
+    att = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
+    if causal:
+        # Made in float32: on a GPU, torch < 2.1 has no triu in bfloat16.
+        mask = torch.full((T, T), float('-inf'), device=q.device).triu(1)
+        att = att + mask.to(att.dtype)
+    att = F.dropout(att.softmax(-1), dropout)
+    return att @ v
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,38 +115,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy whose logits (N, V), by far the largest tensor, exist once: their gradient is
-    written over them, `rows` at a time in float32. Same loss, same gradients, a tenth faster."""
-    rows = 64  # on a CPU, whose cache they fit into; a GPU is faster with few large kernels
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        logits, log_likelihood = F.linear(x, weight), []
-        rows = HeadLoss.rows if x.device.type == 'cpu' else 1024
-        for z, t in zip(logits.split(rows), targets[:, None].split(rows)):
-            p = z.float().log_softmax(-1)
-            log_likelihood.append(p.gather(1, t))
-            p.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=p.dtype))
-            z.copy_(p)  # d loss / d logits, but for the factor 1 / N
-        ctx.save_for_backward(x, weight, logits)
-        return -torch.cat(log_likelihood).mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, g = ctx.saved_tensors
-        g *= grad / len(x)  # before the products: float16's scaled gradients must stay in range
-        return (g @ weight.to(g.dtype)).to(x.dtype), (g.t() @ x.to(g.dtype)).to(weight.dtype), None
-
-
-def next_token_loss(x, weight, targets):
-    """Mean cross-entropy in nats of softmax(x weight^T) against targets: x (N, C), targets (N)."""
-    # To try an idea about the loss, return the plain F.cross_entropy below in every case.
-    if is_compiling():  # torch.compile fuses it
-        return F.cross_entropy(F.linear(x, weight).float(), targets)
-    return HeadLoss.apply(x, weight, targets)
-
-
 def pick(logits, temperature=1.0, top_k=None, top_p=None):
     """One token id (B, 1) drawn from logits (B, V)."""
     if temperature == 0:
@@ -191,12 +156,14 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None):
-        """idx, targets (B, T) -> (logits (B, T, vocab_size), None), or (None, loss) with targets:
-        the mean in nats. The logits, by far the largest tensor, are then not returned."""
-        x = self.hidden(idx)
+        """idx (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, loss), the
+        mean cross-entropy in nats over the targets other than -1, nan if there are none. Returning
+        the logits, too, would cost a compiled step a second tensor of their size, the largest."""
+        logits = self.lm_head(self.hidden(idx))
         if targets is None:
-            return self.lm_head(x), None
-        return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return logits, None
+        logits = logits.flatten(0, 1).float()  # 16 bits are too few for a sum over the vocabulary
+        return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def hidden(self, idx, cache=None, n=0):
         """The last layer's output (B, T, C), normalized. cache: a `new_cache`, filled up to n."""

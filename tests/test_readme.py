@@ -208,8 +208,11 @@ def test_memory_and_time_follow_the_formulas(size):
     model = empty_model(*SHAPES[size])
     n = model.num_params()
     fixed = f'{18 * n / 1e9:.1f}'
-    each = f'{1024 * (36 * n_layer * n_embd + 4 * 50304) / 1e9:.2f}'
-    row, days = f'| {size} | {n_layer} × {n_embd} | {n:,} | {fixed} GB | {each} GB |', []
+    compiled_gb, eager_gb = (1024 * (36 * n_layer * n_embd + bytes_per_logit * 50304) / 1e9
+                             for bytes_per_logit in (2, 12))
+    compiled, eager = f'{compiled_gb:.2f}', f'{eager_gb:.2f}'
+    row = f'| {size} | {n_layer} × {n_embd} | {n:,} | {fixed} GB | {compiled} GB | {eager} GB |'
+    days = []
     for gpu in ('A100', 'H100'):
         step_s = 480 * 1024 * model.train_flops_per_token() / (8 * PEAK_FLOPS[gpu] * MFU)
         days += [step_s * 600_000 / 86400]
@@ -218,7 +221,12 @@ def test_memory_and_time_follow_the_formulas(size):
     assert row in SIZES
     short = re.search(rf'^\| {size} \| .*$', README, re.MULTILINE)[0]
     assert f'| {n / 1e6:.0f}M | `--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd}`' in short
-    assert short.endswith(f'| {fixed} + {each} B GB | {days[0]:.1f}, {days[1]:.1f} days |')
+    assert short.endswith(f'| {fixed} + {compiled} B GB | {days[0]:.1f}, {days[1]:.1f} days |')
+    assert f'add {eager_gb - compiled_gb:.2f} B GB' in README
+    if size == 'gpt2':
+        for B in 4, 12, 60:
+            both = [f'{18 * n / 1e9 + B * each:.1f} GB' for each in (compiled_gb, eager_gb)]
+            assert re.search(rf'\| {B}\b[^|]*\| {both[0]} \| {both[1]} \|', SIZES), both
     if size == 'gpt2-xl':  # weights and moments of 8 processes at a restart
         assert f'{12 * n / 1e9:.1f} GB in each of 8' in ' '.join(RUNNING.split())
         assert round(8 * 12 * n / 1e9, -1) == 150 and '150 GB' in SIZES and '150 GB' in RUNNING

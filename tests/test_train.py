@@ -21,6 +21,7 @@ from conftest import (
     TORCH,
     DeviceWatch,
     Script,
+    before_each_step,
     check_help,
     copy_of_repo,
     differences,
@@ -227,6 +228,61 @@ def test_ten_steps_have_the_losses_they_always_had(trained):
     assert losses_of(trained) == pytest.approx(
         [3.444298, 3.414148, 3.375712, 3.316003, 3.225749, 3.135585, 3.069545, 2.990014, 2.925339,
          2.846484], abs=2e-5)
+
+
+@has_muon
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='dropout draws with MKL')
+def test_ten_steps_with_muon_dropout_and_a_linear_schedule_have_the_losses_they_always_had(
+        data_set, tmp_path):
+    """Golden numbers of torch 2.9 to 2.14 on a CPU. Explain a change of one in the commit."""
+    succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}',
+                   '--optimizer=muon', '--dropout=0.2', '--lr_schedule=linear', '--min_lr=0',
+                   '--warmup_iters=3', '--lr_decay_iters=10')])
+    assert losses_of(tmp_path) == pytest.approx(
+        [3.440429, 3.417902, 3.386503, 3.333447, 3.255085, 3.177658, 3.123536, 3.062731, 3.038598,
+         3.014987], abs=5e-4)
+
+
+@has_muon
+@pytest.mark.parametrize(('lr_schedule', 'decay'), [
+    ('linear', [8.875, 7.75, 6.625, 5.5, 4.375, 3.25, 2.125]),
+    ('cosine', [9.657, 8.682, 7.222, 5.5, 3.778, 2.318, 1.343])])
+def test_every_parameter_group_has_the_rate_of_its_step(lr_schedule, decay, data_set, tmp_path):
+    """AdamW's, in thousandths, rises to 10 in steps of 2, falls to 1 within 8 steps and stays
+    there, without a jump. Muon's is always twice as high here."""
+    expected = [2, 4, 6, 8, 10, *decay, 1, 1]
+    rates = {'AdamW': [], 'Muon': []}
+
+    def note(optimizer):
+        group_rates = [group['lr'] for group in optimizer.param_groups]
+        rates[type(optimizer).__name__].append(group_rates)
+
+    with before_each_step(note):
+        done = run_here('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}',
+                        '--optimizer=muon', f'--lr_schedule={lr_schedule}', '--max_iters=14',
+                        '--warmup_iters=4', '--lr_decay_iters=12', '--learning_rate=0.010',
+                        '--min_lr=0.001', '--muon_learning_rate=0.020')
+    assert done.code == 0, done.err
+    assert [entry['lr'] for entry in steps_of(tmp_path)] == pytest.approx(
+        [rate / 1000 for rate in expected], rel=1e-3)
+    for adamw, muon, rate in zip(rates['AdamW'], rates['Muon'], expected, strict=True):
+        for group_rate in adamw:
+            assert group_rate == pytest.approx(rate / 1000, rel=1e-3)
+        for group_rate in muon:
+            assert group_rate == pytest.approx(2 * rate / 1000, rel=1e-3)
+
+
+def test_a_small_model_learns_all_that_can_be_learned(tmp_path):
+    """A character is followed by one of three, each as likely: ln 3 nats at best. Less would mean
+    that the model sees the next character."""
+    data_set = write_data_set(tmp_path / 'data', n_train=100_000, n_val=10_000)
+    succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
+                   '--n_layer=1', '--batch_size=16', '--gradient_accumulation_steps=1',
+                   '--max_iters=400', '--eval_interval=400', '--eval_iters=50',
+                   '--log_interval=400', '--warmup_iters=20', '--lr_decay_iters=400',
+                   '--learning_rate=1e-2', '--min_lr=0')])
+    val_loss = evaluations_of(tmp_path / 'out')[-1]['val_loss']
+    assert math.log(3) - 0.01 < val_loss < math.log(3) + 0.03
 
 
 # ----------------------------------------------------------------------------------- exact resume

@@ -3,6 +3,8 @@
 Each script is a process of its own with one thread. None outlives its time limit or the session.
 """
 import ast
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -17,9 +19,15 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+os.environ['OMP_NUM_THREADS'] = '1'  # here and in the scripts; torch reads it when imported
+os.environ.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240  # for any script here; they take seconds
@@ -29,8 +37,9 @@ TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
         '--eval_interval=10', '--eval_iters=2', '--learning_rate=3e-3', '--min_lr=3e-4',
         '--warmup_iters=4', '--lr_decay_iters=40')
 CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
-os.environ['OMP_NUM_THREADS'] = '1'  # here and in the scripts
-os.environ.pop('PYTHONUNBUFFERED', None)  # the scripts themselves must flush
+TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
+has_muon = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 2.9 has no Muon')
+TIMES = ('dt_ms', 'tok_per_sec', 'mfu', 'eval_s')  # what differs from run to run in log.jsonl
 started = []
 
 # Importing torch takes longer than most runs of train.py here: they are forks of a process that has
@@ -120,6 +129,92 @@ def run(script, *options, limit_s=LIMIT_S, **where):
     return start(script, *options, **where).wait(limit_s)
 
 
+def run_here(script, *options, out=None):
+    """`run`, in this process: without the seconds that a new one takes to start."""
+    out = out or io.StringIO()
+    err = io.StringIO()
+    code = 0
+    precision = torch.get_float32_matmul_precision()  # which train.py sets for its process
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.MonkeyPatch.context() as patch):
+        patch.setattr(sys, 'argv', [script, *map(str, options)])
+        patch.setattr(signal, 'signal', lambda *args: None)  # pytest keeps its own
+        try:
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        except SystemExit as end:
+            code = end.code or 0
+    torch.set_float32_matmul_precision(precision)
+    if isinstance(code, str):  # sys.exit(message)
+        err.write(f'{code}\n')
+        code = 1
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@contextlib.contextmanager
+def before_each_step(function):
+    """In this context, every optimizer of this process calls function(optimizer) first."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch < 2: none
+    hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: function(optimizer))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class DeviceWatch(TorchDispatchMode):
+    """In this context, the CPU is watched as if it were a GPU. Only what Tensor.cpu returns, and
+    what is computed from that, is on the host; any other tensor is on the device.
+
+    reads: how often a number was read from the device, for which the host has to wait.
+    float64: the operations with a result in float64 on the device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+        self.float64 = []
+        self.on_host = set()
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        transfer = torch.Tensor.cpu
+
+        def cpu(tensor):
+            self.reads += 1
+            copy = transfer(tensor).clone()
+            self.on_host.add(copy)
+            return copy
+
+        self.patch.setattr(torch.Tensor, 'cpu', cpu)
+        for name in ('tolist', 'numpy'):
+            self.patch.setattr(torch.Tensor, name, self.reading(getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def reading(self, method):
+        def read(tensor, *args, **kwargs):
+            self.reads += tensor not in self.on_host
+            return method(tensor, *args, **kwargs)
+        return read
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        on_host = any(isinstance(arg, torch.Tensor) and arg in self.on_host for arg in args)
+        if op is torch.ops.aten._local_scalar_dense.default and not on_host:  # .item(), float()
+            self.reads += 1
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if on_host:
+                self.on_host.add(tensor)
+            elif tensor.dtype == torch.float64:
+                self.float64.append(op)
+        return result
+
+
 def copy_of_repo(folder):
     """The scripts, configs and data scripts, without what they made here; a small input.txt."""
     for name in ('config', 'data', 'support'):
@@ -149,8 +244,14 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def options_in(script):
     """(name, default, comment) of each option of a script, read from its source."""
     source = (ROOT / script).read_text(encoding='utf-8').split('configurator.override')[0]
-    found = re.findall(r'^(\w+) = ([^#\n]+?)  # (.*)$', source, re.MULTILINE)
-    return [(name, ast.literal_eval(default), comment) for name, default, comment in found]
+    found = []
+    for name, text, comment in re.findall(
+            r'^([a-z]\w*) = ([^#\n]+?)(?:  # (.*))?$', source, re.MULTILINE):
+        with contextlib.suppress(ValueError, SyntaxError):  # of what is no plain value
+            default = ast.literal_eval(text)
+            if isinstance(default, (int, float, str)):
+                found.append((name, default, comment))
+    return found
 
 
 def check_help(script, run=run):
@@ -158,8 +259,10 @@ def check_help(script, run=run):
     done = run(script, '--help')
     assert done.code == 0, done.err
     shown = [line.split() for line in done.out.splitlines() if line.startswith('  --')]
-    assert [] != shown == [f'--{name}={default} {comment}'.replace('\n', '\\n').split()
-                     for name, default, comment in options_in(script)]
+    expected = []
+    for name, default, comment in options_in(script):
+        expected.append(f'--{name}={default} {comment}'.replace('\n', '\\n').split())
+    assert shown == expected and shown
 
 
 def free_port():
@@ -186,11 +289,34 @@ def log_of(out_dir):
 
 
 def steps_of(out_dir):
-    return [e for e in log_of(out_dir) if 'loss' in e]
+    return [entry for entry in log_of(out_dir) if 'loss' in entry]
+
+
+def losses_of(out_dir):
+    return [entry['loss'] for entry in steps_of(out_dir)]
 
 
 def evaluations_of(out_dir):
-    return [e for e in log_of(out_dir) if 'val_loss' in e]
+    return [entry for entry in log_of(out_dir) if 'val_loss' in entry]
+
+
+def differences(a, b, where=''):
+    """The places where two nested states are not bitwise equal."""
+    if type(a) is not type(b):
+        return [where]
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, (list, tuple)):
+        a = dict(enumerate(a))
+        b = dict(enumerate(b))
+    if not isinstance(a, dict):
+        return [] if a == b else [where]
+    if a.keys() != b.keys():
+        return [where]
+    found = []
+    for key in a:
+        found += differences(a[key], b[key], f'{where}.{key}')
+    return found
 
 
 def write_data_set(folder, n_train=4000, n_val=1000, meta=True):

@@ -28,8 +28,12 @@ def full_of(n, size=10):
 
 
 def held(path):
-    """What the state at `path`, a whole one, is full of."""
-    [n] = {n.item() for w in load_checkpoint(path)['model'].values() for n in w.aminmax()}
+    """The number that the state at `path`, a whole one, is full of."""
+    numbers = set()
+    for weight in load_checkpoint(path)['model'].values():
+        numbers.add(weight.min().item())
+        numbers.add(weight.max().item())
+    [n] = numbers
     return n
 
 
@@ -40,7 +44,9 @@ def one_line(call, *args):
 
 
 def test_nanogpts_checkpoints_load(tmp_path):
-    weights = {n: torch.rand_like(w) for n, w in GPT(GPTConfig(**TINY)).state_dict().items()}
+    weights = GPT(GPTConfig(**TINY)).state_dict()
+    for name in weights:
+        weights[name] = torch.rand_like(weights[name])
     weights['lm_head.weight'] = weights['transformer.wte.weight']
     saved = {f'module._orig_mod.{name}': w for name, w in weights.items()}
     saved['module._orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 12, 12)  # its mask
@@ -65,7 +71,8 @@ class Bomb:
 
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
-    path, bomb = tmp_path / 'ckpt.pt', Bomb(tmp_path / 'boom')
+    path = tmp_path / 'ckpt.pt'
+    bomb = Bomb(tmp_path / 'boom')
     for protocol in (0, 2, 4):
         path.write_bytes(pickle.dumps(bomb, protocol))
         one_line(load_checkpoint, path)
@@ -85,7 +92,8 @@ def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
     path = tmp_path / 'ckpt.pt'
     assert one_line(load_checkpoint, path).startswith(f'{path} does not exist: ')
     save_checkpoint(path, full_of(1))
-    whole, noise = path.read_bytes(), np.random.default_rng(0).bytes(2000)
+    whole = path.read_bytes()
+    noise = np.random.default_rng(0).bytes(2000)
     for n in (0, 1, 2, 100, 1000, len(whole) // 2, len(whole) - 1):
         for content in (whole[:n], noise[:n], b'\x80\x02' + noise[:n]):
             path.write_bytes(content)
@@ -99,23 +107,46 @@ def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
 CHARS = {'tokenizer': 'char', 'chars': 'abc', 'vocab_size': 3}
 
 
-@pytest.mark.parametrize(('changed', 'message'), [
-    ({}, None), ({'dropout': 0.2}, None),  # may be another in every run
-    ({'meta': {**CHARS, 'source': 'a copy', 'tokens': {}}}, None),
+SHAPE = GPTConfig(**TINY)
+
+
+def saved_by(shape, meta=CHARS):
+    """A checkpoint of a run with Lion."""
+    return {'model_args': vars(shape), 'meta': meta, 'optimizer': {},
+            'config': {'optimizer': 'lion'}, 'iter_num': 3}
+
+
+def test_a_run_fits_its_checkpoint_also_with_another_dropout_or_source():
+    checkpoint.check_fits(saved_by(SHAPE), SHAPE, CHARS, 'lion')
+    checkpoint.check_fits(saved_by(SHAPE), GPTConfig(**TINY, dropout=0.2), CHARS, 'lion')
+    moved = {**CHARS, 'source': 'a copy', 'tokens': {}}
+    checkpoint.check_fits(saved_by(SHAPE), SHAPE, moved, 'lion')
+
+
+def refuse(said, ckpt, shape=SHAPE, meta=CHARS, optimizer='lion'):
+    with pytest.raises(UserError, match=f'{said}.*--out_dir'):
+        checkpoint.check_fits(ckpt, shape, meta, optimizer)
+
+
+@pytest.mark.parametrize(('changed', 'said'), [
     ({'n_layer': 2}, '--n_layer=2 .*type --n_layer=3'), ({'bias': False}, '--bias=False .*=True'),
     ({'block_size': 8}, '--block_size=8 .*=12'), ({'n_embd': 12}, '--n_embd=12 .*=24'),
-    ({'n_head': 4}, '--n_head=4 .*=3'), ({'optimizer': 'adamw'}, '=adamw .*type --optimizer=lion'),
-    ({'meta': {**CHARS, 'chars': 'abd'}}, 'vocabulary'), ({'meta': GPT2_META}, 'vocabulary'),
-    ({'saved': {'rotary': True}}, 'rotary=True')])  # by a model.py that knows more
-def test_a_run_that_does_not_fit_its_checkpoint_is_refused_by_name(changed, message):
-    ckpt = {'model_args': {**vars(GPTConfig(**TINY)), **changed.pop('saved', {})}, 'meta': CHARS,
-            'optimizer': {}, 'config': {'optimizer': 'lion'}, 'iter_num': 3}
-    meta, optimizer = changed.pop('meta', CHARS), changed.pop('optimizer', 'lion')
-    args = ckpt, GPTConfig(**{**TINY, **changed}), meta, optimizer
-    if message is None:
-        return checkpoint.check_fits(*args)
-    with pytest.raises(UserError, match=f'{message}.*--out_dir'):
-        checkpoint.check_fits(*args)
+    ({'n_head': 4}, '--n_head=4 .*=3')])
+def test_a_run_of_another_shape_than_its_checkpoint_is_refused_by_name(changed, said):
+    refuse(said, saved_by(SHAPE), shape=GPTConfig(**{**TINY, **changed}))
+
+
+def test_a_run_with_another_optimizer_or_vocabulary_than_its_checkpoint_is_refused():
+    ckpt = saved_by(SHAPE)
+    refuse('=adamw .*type --optimizer=lion', ckpt, optimizer='adamw')
+    refuse('vocabulary', ckpt, meta={**CHARS, 'chars': 'abd'})
+    refuse('vocabulary', ckpt, meta=GPT2_META)
+
+
+def test_a_checkpoint_of_a_model_that_knows_more_is_refused_by_name():
+    ckpt = saved_by(SHAPE)
+    ckpt['model_args'] = {**ckpt['model_args'], 'rotary': True}
+    refuse('rotary=True', ckpt)
 
 
 def test_weights_and_optimizers_of_another_model_are_refused():
@@ -124,11 +155,13 @@ def test_weights_and_optimizers_of_another_model_are_refused():
                           ({'rotary': True}, 'rotary: expected only block_size, ')):
         ckpt = {'model': weights, 'model_args': {**TINY, **changed}}
         assert said in one_line(GPT.from_checkpoint, ckpt)
-    small, large = (torch.optim.AdamW([torch.zeros(2, requires_grad=True) for _ in range(n)])
-                    for n in (1, 2))
-    for ours, saved in ([large], small.state_dict()), ([small, small], small.state_dict()):
+    w = torch.zeros(2, requires_grad=True)
+    v = torch.zeros(2, requires_grad=True)
+    small = torch.optim.AdamW([w])
+    large = torch.optim.AdamW([w, v])
+    for optimizers in [large], [small, small]:
         with pytest.raises(UserError, match='other parameters'):
-            checkpoint.load_optimizers(ours, saved)
+            checkpoint.load_optimizers(optimizers, small.state_dict())
 
 
 # ----------------------------------------------------------------------------------- writing
@@ -142,10 +175,13 @@ def save_again_and_again(n, paths, done):
 
 @pytest.mark.parametrize('n_kills', [8, pytest.param(50, marks=pytest.mark.long)])
 def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kills, tmp_path):
-    paths, rng = [tmp_path / 'ckpt.pt', tmp_path / 'best.pt'], random.Random(0)
+    paths = [tmp_path / 'ckpt.pt', tmp_path / 'best.pt']
+    rng = random.Random(0)
     began = time.monotonic()
     save_checkpoint(paths[0], full_of(1, 10**6), paths[1])
-    ckpt, best, leftovers, write_s = 1, 1, 0, time.monotonic() - began
+    write_s = time.monotonic() - began
+    ckpt = best = 1
+    leftovers = 0
     for i in range(n_kills):
         listen, done = FORKS.Pipe()
         process = FORKS.Process(target=save_again_and_again, args=(best, paths, done))
@@ -156,7 +192,9 @@ def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kil
         process.kill()
         process.join()
         leftovers += any(tmp_path.glob('*.tmp'))
-        older, (ckpt, best) = ckpt, map(held, paths)
+        older = ckpt
+        ckpt = held(paths[0])
+        best = held(paths[1])
         assert older <= ckpt <= best
     assert leftovers > 0 and best > n_kills / 2  # killed in a write, and after one
     save_checkpoint(paths[0], full_of(0), paths[1])  # over what the last kill left

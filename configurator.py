@@ -60,6 +60,7 @@ def override(defaults, argv, script, limits=()):
     values = dict(defaults)
     with user_errors():
         for i, arg in enumerate(argv):
+            check_readable(arg)
             if arg in ('-h', '--help'):
                 print_help(values, script)
             elif arg.startswith('--'):
@@ -75,6 +76,14 @@ def override(defaults, argv, script, limits=()):
                 read_config(arg, defaults, values)
         check_limits(values, limits)
     return values
+
+
+def check_readable(arg):
+    try:
+        arg.encode()
+    except UnicodeEncodeError:  # Python stands in for what it cannot read; torch fails on that
+        raise UserError(f'{arg!a}: not in the encoding of this locale, '
+                        f'{sys.getfilesystemencoding()}: set PYTHONUTF8=1') from None
 
 
 def print_help(values, script):

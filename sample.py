@@ -44,14 +44,13 @@ globals().update(configurator.override(configurator.options(globals()), sys.argv
 
 
 def prompt_text():
-    """The text to continue; UserError if the file, or the command line, is not UTF-8."""
-    try:
-        if start.startswith('FILE:'):
-            return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
-        start.encode()  # fails if a byte of the command line could not be decoded
+    """The text to continue; UserError if it is in a file that is not UTF-8."""
+    if not start.startswith('FILE:'):
         return start
-    except UnicodeError as error:
-        raise UserError(f'--start={start!a}: expected UTF-8: {error}') from None
+    try:
+        return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'--start={start}: expected UTF-8: {error}') from None
 
 
 with configurator.user_errors():

@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from support import checkpoint, distributed, hardware, huggingface, rendezvous, tokens
 from support.errors import UserError
 from support.metrics import Log
+from support.owner import Owner
 
 # ---------------------------------------------------------------------------------- config
 # the run
@@ -126,11 +127,10 @@ def eval_rows(split):
 
 # ----------------------------------------------------------------------------------- model
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-best_path = os.path.join(out_dir, 'best.pt')
 resume_command = configurator.command(init_from='resume')
 # GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
 vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
-shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
+sizes = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 
 
 def find_start(shape):
@@ -145,15 +145,14 @@ def find_start(shape):
                         f'or resume with "{resume_command}"')
     if init_from in ('scratch', 'auto'):
         return 'scratch', {}
-    state = huggingface.load(init_from, block_size)
-    state['meta'] = tokens.GPT2_META
+    state = huggingface.load(init_from, block_size) | {'meta': tokens.GPT2_META}
     checkpoint.check_vocabulary(state, meta)
     return init_from, state
 
 
 torch.manual_seed(seed)
 with user_errors():
-    shape = GPTConfig(vocab_size=vocab_size, **shape)
+    shape = GPTConfig(vocab_size=vocab_size, **sizes)
     state = {}
     if is_main:  # it decides for all: a shared disk can look different from two nodes
         origin, state = find_start(shape)
@@ -172,17 +171,16 @@ with user_errors():
         # The tensors still point into a mapped file, which may be replaced while we wait.
         state = copy.deepcopy(state)
         state['model_args'] = vars(shape)
-with distributed.lost_peers():
-    rendezvous.join('nccl' if torch_device.type == 'cuda' else 'gloo', dist_timeout)
+same_run = config | {'dtype': amp_dtype, 'data': [str(data['train']), str(data['val'])]}
+with user_errors(), distributed.lost_peers():
+    rendezvous.join('nccl' if torch_device.type == 'cuda' else 'gloo', same_run, dist_timeout)
     state = distributed.share(state, torch_device)
     if not is_main:
         raw_model = GPT(GPTConfig(**state['model_args']))
     raw_model.to(torch_device)
     distributed.share_weights(raw_model)
     model = raw_model
-    compiled = compile
-    if compile == 'auto':
-        compiled = torch_device.type == 'cuda'
+    compiled = torch_device.type == 'cuda' if compile == 'auto' else compile
     if compiled:
         # Batches of training and evaluation may differ in rows, and each size is compiled: DDP
         # splits the model into parts, which cannot be compiled for a dynamic number of rows.
@@ -225,13 +223,15 @@ def lr_factor(iter_num):
 tokens_per_step = sequences * block_size
 peak_flops = world_size * hardware.peak_flops(torch_device)
 with user_errors():
-    log = Log(config, is_main=is_main, iter_num=iter_num, val_loss=val_loss,
+    # The folder is this run's from here on, until a later one claims it.
+    owner = Owner(out_dir) if is_main and not eval_only else None
+    log = Log(config, owner=owner, is_main=is_main, iter_num=iter_num, val_loss=val_loss,
               tokens_per_step=tokens_per_step,
               peak_tok_per_sec=peak_flops / raw_model.train_flops_per_token())
 if is_main:
-    kind = f'{amp_dtype}, compiled' if compiled else amp_dtype
     epochs = max_iters * tokens_per_step / len(data['train'])
-    log.say(f'{raw_model.num_params():,} parameters from {origin}, {kind}, '
+    log.say(f'{raw_model.num_params():,} parameters from {origin}, {amp_dtype}'
+            f'{", compiled" if compiled else ""}, '
             f'on {world_size} x {hardware.describe(torch_device)}')
     log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} '
             f'per process), steps {iter_num:,} to {max_iters:,}: {epochs:.3g} epochs of '
@@ -269,7 +269,7 @@ def save(best=False):
         'scaler': scaler.state_dict(), 'model_args': vars(shape), 'meta': meta, 'config': config,
         'iter_num': iter_num, 'val_loss': val_loss, 'best_val_loss': best_val_loss,
     }
-    checkpoint.save_checkpoint(ckpt_path, state, best_path if best else None)
+    checkpoint.save_checkpoint(owner, state, best)
     log.say(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
 
 

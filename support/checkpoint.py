@@ -4,7 +4,7 @@ import shutil
 from contextlib import suppress
 
 from model import MASKS, GPTConfig
-from support import compat
+from support import compat, tokens
 from support.errors import UserError
 
 
@@ -19,37 +19,38 @@ def exists(path):
 
 # ------------------------------------------------------------------------------------- saving
 
-def save_checkpoint(path, state, best_path=None):
-    """Write `state` (tensors and plain types only) so that neither file is ever half written.
+def save_checkpoint(owner, state, best=False):
+    """Write `state` (tensors and plain types only) as ckpt.pt of the owner's folder.
 
-    best_path: save it there too, as a hard link if the file system has them, else as a copy.
-    OSError if the file cannot be written; existing checkpoints are untouched.
+    best: as best.pt, too: a hard link if the file system has them, else a copy. Neither file is
+    ever half written. UserError if the folder was taken over, OSError if a file cannot be written;
+    existing checkpoints are untouched.
     """
-    tmp = f'{path}.tmp'
-    best_tmp = f'{best_path or path}.tmp'
+    path = owner.folder / 'ckpt.pt'
+    tmp = owner.tmp('ckpt.pt')
+    best_tmp = owner.tmp('best.pt')
+    owner.look()
     try:
-        # A killed save may have left links: writing to one would write into best.pt itself, and
-        # renaming one onto its own file would leave it behind.
-        sweep(tmp, best_tmp)
+        owner.folder.mkdir(parents=True, exist_ok=True)  # it may have been moved away
         with open(tmp, 'wb') as f:
             compat.save(state, f)
             f.flush()
             os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
-            if not os.path.samestat(os.fstat(f.fileno()), os.stat(tmp)):
-                raise OSError('another process writes there, too')
-        if best_path is not None:
+        owner.look()  # writing has taken a while
+        if best:
             link_or_copy(tmp, best_tmp)
-            os.replace(best_tmp, best_path)
-        os.replace(tmp, path)  # a pod can be killed mid-save; a rename is all or nothing
-    except (OSError, RuntimeError) as e:  # torch.save may wrap the file's OSError
-        sweep(tmp, best_tmp)  # leftovers would keep a full disk full
-        raise OSError(f'{path}: cannot be written: {str(e).splitlines()[0]}') from e
-
-
-def sweep(*paths):
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.remove(path)
+            best_tmp.replace(owner.folder / 'best.pt')
+        tmp.replace(path)  # a pod can be killed mid-save; a rename is all or nothing
+    except (OSError, RuntimeError) as error:
+        owner.look()  # whoever took over sweeps the temporary files of others
+        reason = error
+        if isinstance(error.__context__, OSError):  # torch.save hides the file's error
+            reason = error.__context__
+        raise OSError(f'{path}: cannot be written: {str(reason).splitlines()[0]}') from error
+    finally:
+        for leftover in tmp, best_tmp:  # they would keep a full disk full
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def link_or_copy(path, new_path):
@@ -68,6 +69,8 @@ def load_checkpoint(path):
                         'a new run with --init_from=auto')
     try:
         ckpt = compat.load(str(path))
+    except OSError as error:  # the disk's word: no rights, no answer, a stale handle
+        raise OSError(f'{path}: cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or no checkpoint ({type(error).__name__})'
         if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # torch 2.1 says the latter
@@ -109,7 +112,7 @@ def check_vocabulary(ckpt, meta):
     need = meta['vocab_size']
     if need > size:
         problem = f'has {size} tokens, the data needs {need}'
-    elif tokenizer_of(ckpt.get('meta') or meta) != tokenizer_of(meta):  # nanoGPT's have none
+    elif tokens.identity(ckpt.get('meta') or meta) != tokens.identity(meta):  # nanoGPT's have none
         problem = "is not the data's"
     else:
         return
@@ -117,11 +120,6 @@ def check_vocabulary(ckpt, meta):
     if 'iter_num' in ckpt:
         fix += ', or another --out_dir'
     raise UserError(f"the model's vocabulary {problem}: {fix}")
-
-
-def tokenizer_of(meta):
-    """What of a meta.json defines the tokens: all but the counts and the source."""
-    return {key: value for key, value in meta.items() if key not in ('tokens', 'source')}
 
 
 # --------------------------------------------------------------------------------- optimizers

@@ -33,6 +33,18 @@ def save(state, file):
         torch.save(state, file)
 
 
+def reset_group_count():
+    """Let init_process_group count process groups from 0 again, in every torch so far.
+
+    It puts that number into its keys. After a failed try the number is one higher, and a process
+    that has failed more often than another would wait under other keys than it, for ever.
+    """
+    if torch.__version__ < '2.0':
+        dist.distributed_c10d._group_count = 0
+    else:
+        dist.distributed_c10d._world.group_count = 0
+
+
 # ------------------------------------------------------------------------------- torch < 2.1
 def load(file):
     """Tensors and plain types saved at a path or in an open file, on the CPU; no code is run.

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ LOST_PEER = re.compile(
     'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
     'communicator was aborted|nccl(Remote|System)Error', re.IGNORECASE)
 PEER_LOST = 138  # the exit code that asks the job controller for a restart
-STOPPED = 143, 130  # exit codes after SIGTERM and Ctrl-C; if ranks got both, the first one counts
+STOPPED = 143, 130, 129  # exit codes after SIGTERM, Ctrl-C, SIGHUP; of several, the first counts
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all processes together
 
 
@@ -110,23 +111,38 @@ def lost_peers(stop=None, rescue=None):
 
 
 class StopRequest:
-    """A stop requested by SIGTERM or Ctrl-C; until armed, these end the process at once."""
+    """A stop requested by SIGTERM, Ctrl-C or SIGHUP; until armed, these end the process at once."""
 
     def __init__(self):
         self.armed = False
-        self.exit_code = 0  # 143 or 130 once a stop was requested
+        self.exit_code = 0  # one of STOPPED once a stop was requested
         self.noted_at = 0.0  # time of the last signal, in seconds
         signal.signal(signal.SIGTERM, self.note)
         signal.signal(signal.SIGINT, self.note)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
+            signal.signal(signal.SIGHUP, self.note)
+        # Python calls its handlers once a call into C++ returns: waiting for others can take a
+        # while. The numbers of signals come through a pipe at once, which a thread reads.
+        self.pipe, end = socket.socketpair()
+        end.setblocking(False)
+        signal.set_wakeup_fd(end.detach())
+        threading.Thread(target=self.end_at_once, daemon=True).start()
+
+    def end_at_once(self):
+        while True:
+            [signum] = self.pipe.recv(1)
+            if not self.armed:
+                leave(128 + signum)
 
     def note(self, signum, frame):
+        code = 128 + signum
         now = time.monotonic()
         # torchrun passes a terminal's Ctrl-C on: what comes within a second is still the first.
         second_ctrl_c = self.exit_code and signum == signal.SIGINT and now - self.noted_at > 1
         if not self.armed or second_ctrl_c:
-            leave(128 + signum)
-        if self.exit_code != 143:  # SIGTERM wins
-            self.exit_code = 128 + signum
+            leave(code)
+        if not self.exit_code or STOPPED.index(code) < STOPPED.index(self.exit_code):
+            self.exit_code = code
             self.noted_at = now
 
 

@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Formats in the log; any number without one, such as a loss, has its name and four decimals.
@@ -38,14 +40,46 @@ def is_kept(entry, iter_num, evaluated):
     return entry['iter'] < iter_num
 
 
-def open_board(folder):
-    """TensorBoard's writer on an emptied folder (log.jsonl has all its numbers), or None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    shutil.rmtree(folder, ignore_errors=True)
-    return SummaryWriter(folder)
+class Board:
+    """TensorBoard's event file in an emptied folder: log.jsonl has all its numbers.
+
+    It is written here and not by torch's SummaryWriter, in whose thread a full disk raises where
+    nobody can catch it, and which takes thirty times as long to write a long log again.
+    """
+
+    def __init__(self, folder):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        self.Event = Event
+        self.Summary = Summary
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        self.file = open(folder / f'events.out.tfevents.{time.time():.0f}.{os.getpid()}', 'wb')
+        self.records = RecordWriter(self.file)
+        self.write(file_version='brain.Event:2')
+
+    def write(self, **content):
+        event = self.Event(wall_time=time.time(), **content)
+        self.records.write(event.SerializeToString())
+
+    def plot(self, entry):
+        values = [self.Summary.Value(tag=name, simple_value=number)
+                  for name, number in entry.items() if name != 'iter' and number is not None]
+        self.write(step=entry['iter'], summary=self.Summary(value=values))
+
+
+def thinned(entries, most=5000):
+    """All evaluations among the entries, and at most that many of the steps, evenly."""
+    n_steps = sum('loss' in entry for entry in entries)
+    every = max(1, math.ceil(n_steps / most))
+    seen = 0
+    for entry in entries:
+        if 'loss' in entry:
+            seen += 1
+            if seen % every != 0:
+                continue
+        yield entry
 
 
 def open_bar(iter_num, max_iters):
@@ -61,38 +95,102 @@ def open_bar(iter_num, max_iters):
     return tqdm(total=max_iters, initial=iter_num, bar_format=layout)
 
 
+class Screen:
+    """Standard output, and a bar on a terminal. What cannot be written is dropped: a closed
+    terminal, a full disk under a pod's log, a pipe whose reader is gone end no run."""
+
+    def __init__(self, iter_num=0, max_iters=0, with_bar=False):
+        for name in 'stdout', 'stderr':
+            if getattr(sys, name) is None:  # it was closed before the start
+                setattr(sys, name, open(os.devnull, 'w'))
+        self.bar = open_bar(iter_num, max_iters) if with_bar else None
+
+    def print(self, line):
+        with dropping_errors():  # which flushes: a pod's log is a file
+            if self.bar is None:
+                print(line)
+            else:
+                self.bar.write(line)
+
+    def move_bar(self, iter_num, text):
+        with dropping_errors():
+            self.bar.update(iter_num - self.bar.n)
+            self.bar.set_description_str(text)
+
+    def close(self):
+        if self.bar is not None:
+            with dropping_errors():
+                self.bar.close()
+
+
+@contextmanager
+def dropping_errors():
+    """If a write to standard output or errors fails, connect that to nowhere, for good. What it
+    still holds would otherwise fail again at the end, and change the exit code."""
+    with suppress(OSError):
+        yield
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Log:
     """The log of a run. On resume, it is truncated to step `iter_num`: no step is logged twice.
 
-    val_loss: None if that step's evaluation is not logged yet. Only the main process logs; with
-    eval_only, it writes no files. peak_tok_per_sec: tokens/s at an MFU of 1, 0 if unknown.
+    owner: of the folder; None on other ranks and for an evaluation alone: no files are written.
+    val_loss: None if that step's evaluation is not logged yet. Only the main process prints.
+    peak_tok_per_sec: tokens/s at an MFU of 1, 0 if unknown. OSError if log.jsonl cannot be written.
     """
 
-    def __init__(self, config, is_main, iter_num, val_loss, tokens_per_step, peak_tok_per_sec):
+    def __init__(self, config, owner, is_main, iter_num, val_loss, tokens_per_step,
+                 peak_tok_per_sec):
         self.config = config
+        self.owner = owner
         self.is_main = is_main
         self.tokens_per_step = tokens_per_step
         self.peak_tok_per_sec = peak_tok_per_sec
         self.seconds = []  # of the steps since the last line
-        self.file = self.board = self.bar = None
-        if not is_main or config['eval_only']:
+        self.board = None
+        self.screen = Screen()
+        if owner is None:
             return
-        out_dir = Path(config['out_dir'])
-        path = out_dir / 'log.jsonl'
+        path = owner.folder / 'log.jsonl'
         kept = []
         if path.is_file():
             evaluated = val_loss is not None
             kept = [entry for entry in read_log(path) if is_kept(entry, iter_num, evaluated)]
-        lines = [json.dumps(entry) + '\n' for entry in kept]
-        tmp = out_dir / 'log.jsonl.tmp'
-        tmp.write_text(''.join(lines), encoding='utf-8')
-        os.replace(tmp, path)
-        (out_dir / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
-        self.file = open(path, 'a', encoding='utf-8', buffering=1)  # each line at once
-        self.board = open_board(out_dir / 'tb')
+        # Opened before it is renamed: if another run takes over, this one's lines go nowhere.
+        self.file = open(owner.tmp('log.jsonl'), 'w', encoding='utf-8', buffering=1)
         for entry in kept:
-            self.plot(entry)
-        self.bar = open_bar(iter_num, config['max_iters'])
+            self.add_line(entry)
+        owner.look()
+        owner.tmp('log.jsonl').replace(path)
+        owner.write('config.json', config)
+        try:
+            self.board = Board(owner.folder / 'tb')
+        except ModuleNotFoundError:
+            pass  # the package is optional
+        except Exception as error:  # such as a protobuf that does not fit to it
+            self.drop_board(error)
+        self.plot(thinned(kept))
+        self.screen = Screen(iter_num, config['max_iters'], with_bar=True)
+
+    def plot(self, entries):
+        """Add entries to TensorBoard's curves; whatever fails there is not worth a run."""
+        if self.board is None:
+            return
+        try:
+            for entry in entries:
+                self.board.plot(entry)
+            self.board.file.flush()
+        except Exception as error:
+            self.drop_board(error)
+
+    def drop_board(self, error):
+        self.board = None
+        self.say(f'TensorBoard is off from here on: {type(error).__name__}: {error}')
 
     def step(self, iter_num, seconds, numbers):
         """Log every log_interval-th step and the last; the time is the mean since the last line."""
@@ -117,33 +215,36 @@ class Log:
                 texts[name] = SHOWN.get(name, default).format(value)
                 if math.isfinite(value):  # JSON has no infinity
                     entry[name] = value
-        if self.bar is None or 'loss' not in numbers:
-            self.say(f'step {iter_num} | {" | ".join(texts.values())}')
-        else:
-            self.bar.update(iter_num - self.bar.n)
+        is_step = 'loss' in numbers
+        if self.owner is not None:
+            self.write(entry, is_step)
+        if is_step and self.screen.bar is not None:
             short = [text for name, text in texts.items() if name in ('loss', 'tok_per_sec')]
-            self.bar.set_description_str(' | '.join(short))
-        if self.file is not None:
+            self.screen.move_bar(iter_num, ' | '.join(short))
+        else:
+            self.say(f'step {iter_num} | {" | ".join(texts.values())}')
+
+    def write(self, entry, is_step):
+        """Add a line to log.jsonl and a point to TensorBoard, if the folder is still ours."""
+        if is_step:
+            self.owner.look_now_and_then()
+        else:
+            self.owner.look()
+        self.add_line(entry)
+        self.plot([entry])
+
+    def add_line(self, entry):
+        try:
             self.file.write(json.dumps(entry) + '\n')
-            self.plot(entry)
+        except OSError as error:
+            path = self.owner.folder / 'log.jsonl'
+            raise OSError(f'{path}: cannot be written: {error.strerror}') from error
 
     def say(self, line):
-        if not self.is_main:
-            return
-        if self.bar is None:
-            print(line)
-        else:
-            self.bar.write(line)
-        sys.stdout.flush()  # a pod's log is a file: each line at once
-
-    def plot(self, entry):
-        if self.board is None:
-            return
-        for name, value in entry.items():
-            if name != 'iter' and value is not None:
-                self.board.add_scalar(name, value, entry['iter'])
+        if self.is_main:
+            self.screen.print(line)
 
     def close(self):
-        for part in (self.bar, self.board, self.file):
-            if part is not None:
-                part.close()
+        self.screen.close()
+        if self.owner is not None:
+            self.file.close()

@@ -1,57 +1,72 @@
 """How processes meet at a start, and after a loss, when some are new and some wait for them.
 
 Rank 0 opens a store (a TCP server) at MASTER_ADDR:MASTER_PORT. All others connect to it, again and
-again until it is up. Then rank 0 calls the roll, once a second, until all have answered one call:
+again until it is up. There are three kinds of keys:
 
-    key `roll`   rank 0 writes the id of its call; once all have answered it, the id and the tokens
-                 of those who answered.
-    key `rankN`  rank N writes the id of the call that it has read, and its own token. A token is a
-                 random number that identifies a process, not its rank.
+    `run`    rank 0 writes what must be equal on all ranks, such as the options. Whoever differs
+             ends with a message before it has answered anything; rank 0 waits on for the right one.
+    `roll`   rank 0 writes the id of a call, a new one every second; once all have answered one
+             call, its id and the tokens of those who answered.
+    `rankN`  rank N writes the id of the call that it has read, and its own token: a random number
+             that identifies a process in one try, not its rank.
 
 Rank 0 waits until every rankN holds the id of the current call. Rank N waits until its own token
 stands in `roll`. So all who go on have just answered the same call, and its id becomes the prefix
 of their keys in the store, which nobody from an earlier round uses. Only then do they connect to
-each other (init_process_group).
+each other. If that fails on gloo (one of them has just died, the network between two is cut), all
+try again with a new call; NCCL cannot, and ends the process.
 
-Two faults need this. The common one: a replacement reaches the store of a rank 0 that is about to
-leave, because it has noticed the loss as well; with plain env:// it waits there for minutes. The
-rarer one: a process that is killed while it joins leaves its address in the store; with env:// the
-others then try to reach it in vain. Here neither answers the next call.
+Two faults need the roll call. The common one: a replacement reaches the store of a rank 0 that is
+about to leave, because it has noticed the loss as well; with plain env:// it waits there for
+minutes. The rarer one: a process that is killed while it joins leaves its address in the store;
+with env:// the others then try to reach it in vain. Here neither answers the next call.
+
+No call to the store takes longer than 25 s: a node that vanishes does not close its connections,
+and the kernel alone would wait for a quarter of an hour.
 
 torchrun's agents do all this themselves: under torchrun, init_process_group finds their store.
 """
-import itertools
+import json
 import os
 import socket
 import time
 import uuid
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+import configurator
 from support import compat, distributed
+from support.errors import UserError
+
+RUN = 'run/1'  # the key; another number for every change of the protocol above
+# Options in which ranks may differ: where their files lie, what they compute on, what they print.
+MAY_DIFFER = 'out_dir', 'init_from', 'device', 'dataset', 'dist_timeout', 'log_interval'
+STORE_TIMEOUT_S = 5
+STORE_LIMIT_S = 25  # a rank 0 that is paused for 20 s costs nothing
+REPORT_EVERY_S = 60
 
 
-def join(backend, timeout_s, arrival_timeout_s=1800):
-    """Join the other processes within arrival_timeout_s; collectives may then take timeout_s."""
+def join(backend, same_run, timeout_s, arrival_timeout_s=1800):
+    """Join the other processes within arrival_timeout_s; collectives may then take timeout_s.
+
+    same_run: {name: plain value}, the options and what else defines a run. UserError if this
+    process differs from rank 0 in one of them, but for MAY_DIFFER; under torchrun unchecked.
+    """
     rank, _, world_size = distributed.environment()
     if world_size == 1:
         return
+    place = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
     limit = distributed.leave_in(
         arrival_timeout_s, distributed.PEER_LOST, f'rank {rank}: the {world_size} processes did '
-        f'not meet at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]} in '
-        f'{arrival_timeout_s} s')
+        f'not meet at {place} in {arrival_timeout_s} s')
     if distributed.UNDER_TORCHRUN:
         # Its agents have met already, but rank 0 may still be reading a checkpoint.
         connect(backend, arrival_timeout_s, timeout_s)
     else:
-        call, store = meet(rank, world_size)
-        store.set_timeout(timedelta(seconds=timeout_s))
-        # gloo tries a dead address for 5 times its timeout: short until all are connected.
-        first_s = 5 if backend == 'gloo' else timeout_s
-        connect(backend, first_s, timeout_s, store=dist.PrefixStore(call, store), rank=rank,
-                world_size=world_size)
+        meet_and_connect(backend, rank, world_size, same_run, timeout_s)
     limit.cancel()
 
 
@@ -59,46 +74,112 @@ def connect(backend, first_timeout_s, timeout_s, **meeting):
     """Make the process group and use it once, with the first timeout; then set the second."""
     if compat.set_group_timeout is None:
         first_timeout_s = timeout_s
+    compat.reset_group_count()
     dist.init_process_group(backend, timeout=timedelta(seconds=first_timeout_s), **meeting)
     dist.all_reduce(torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu'))
     if compat.set_group_timeout is not None:
         compat.set_group_timeout(timedelta(seconds=timeout_s))
 
 
-def meet(rank, world_size):
-    """(id of a roll call that all processes have just answered, the store of rank 0)."""
-    address = os.environ['MASTER_ADDR']
-    port = int(os.environ['MASTER_PORT'])
+def meet_and_connect(backend, rank, world_size, same_run, timeout_s):
+    """Answer roll calls until all processes are connected."""
+    must_be_equal = {'WORLD_SIZE': world_size}
+    for name, value in same_run.items():
+        if name not in MAY_DIFFER:
+            must_be_equal[name] = value
+    report = Report()
+    store = None
+    # gloo tries a dead address for 5 times its timeout: short until all are connected.
+    first_s = STORE_TIMEOUT_S if backend == 'gloo' else timeout_s
     while True:
         try:
-            if rank > 0:  # TCPStore would print a stack trace for every attempt
-                socket.create_connection((address, port), timeout=5).close()
-            store = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False,
-                                  timeout=timedelta(seconds=5))
-            if rank == 0:
-                return call_the_roll(store, world_size), store
-            return answer_the_roll(store, rank), store
+            if rank > 0:
+                store = open_store(report)
+                check_equal(store, must_be_equal)
+                call = answer_the_roll(store, rank, report)
+            else:
+                if store is None:  # kept over all tries: its port is taken until it is gone
+                    store = open_store(report)
+                store.set(RUN, json.dumps(must_be_equal))
+                call = call_the_roll(store, world_size, report)
         except (RuntimeError, OSError):  # rank 0 is not up yet, or an older one still is
             time.sleep(0.2)
+            continue
+        try:
+            store.set_timeout(timedelta(seconds=timeout_s))
+            with store_limit(5 * first_s):
+                connect(backend, first_s, timeout_s, store=dist.PrefixStore(call, store),
+                        rank=rank, world_size=world_size)
+            return
+        except RuntimeError as error:
+            if backend != 'gloo' or not distributed.LOST_PEER.search(str(error)):
+                raise
+            report(f'could not connect to all others: {str(error).splitlines()[0]}')
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
 
 
-def answer_the_roll(store, rank):
+def open_store(report):
+    """Rank 0: the store, opened. Rank N: connected to it. OSError, RuntimeError: not possible yet.
+
+    Rank 0 need not know its own name. The others try by a plain socket first, for TCPStore would
+    print a stack trace for every attempt.
+    """
+    rank, _, _ = distributed.environment()
+    address = os.environ['MASTER_ADDR']
+    port = int(os.environ['MASTER_PORT'])
+    if rank > 0:
+        try:
+            socket.create_connection((address, port), timeout=STORE_TIMEOUT_S).close()
+        except OSError as error:
+            report(f'waiting for rank 0 at {address}:{port}: {reason(error)}')
+            raise
+    with store_limit():
+        return dist.TCPStore('localhost' if rank == 0 else address, port, is_master=rank == 0,
+                             wait_for_workers=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
+
+
+def reason(error):
+    """Why a connection failed, in few words."""
+    if isinstance(error, socket.gaierror):
+        return 'the name does not resolve'
+    if isinstance(error, TimeoutError):
+        return 'no answer'
+    return error.strerror
+
+
+def check_equal(store, must_be_equal):
+    """UserError if this process differs from rank 0 in what must be equal on all ranks."""
+    with store_limit():
+        of_rank_0 = json.loads(store.get(RUN))
+    for name in of_rank_0 | must_be_equal:
+        ours = must_be_equal.get(name)
+        theirs = of_rank_0.get(name)
+        if ours != theirs:
+            raise UserError(f'{name}={ours}, but rank 0 has {name}={theirs}: start all processes '
+                            'of a run with the same options and the same data')
+
+
+def answer_the_roll(store, rank, report):
     """Rank N: the id of a call that all have answered, this process among them."""
     token = uuid.uuid4().hex
     while True:
-        call, *present = store.get('roll').decode().split()
-        if token in present:
-            return call
-        store.set(f'rank{rank}', f'{call} {token}')
+        with store_limit():
+            call, *present = store.get('roll').decode().split()
+            if token in present:
+                return call
+            store.set(f'rank{rank}', f'{call} {token}')
+        report('waiting until rank 0 has heard from all processes')
         time.sleep(0.1)
 
 
-def call_the_roll(store, world_size):
+def call_the_roll(store, world_size, report):
     """Rank 0: the id of the call that all others have answered."""
     others = [f'rank{r}' for r in range(1, world_size)]
     for name in others:
         store.set(name, 'nobody yet')
-    for second in itertools.count():
+    while True:
         call = uuid.uuid4().hex
         end = time.monotonic() + 1
         store.set('roll', call)
@@ -114,5 +195,29 @@ def call_the_roll(store, world_size):
                 store.set('roll', ' '.join([call, *tokens]))
                 return call
             time.sleep(0.02)
-        if second % 60 == 30:
-            print(f'waiting for {", ".join(missing)} of {world_size} processes', flush=True)
+        report(f'waiting for {", ".join(missing)} of {world_size} processes')
+
+
+@contextmanager
+def store_limit(more_s=0):
+    """End this process if what is inside takes longer."""
+    seconds = STORE_LIMIT_S + more_s
+    timer = distributed.leave_in(seconds, distributed.PEER_LOST, f'{configurator.this_script()}: '
+                                 f'another process was lost: no answer for {seconds} s')
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Report:
+    """A function that prints what this process waits for: at first after half a minute."""
+
+    def __init__(self):
+        self.next = time.monotonic() + REPORT_EVERY_S / 2
+
+    def __call__(self, text):
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + REPORT_EVERY_S
+            with suppress(OSError):  # nobody may be there to read it
+                print(f'{configurator.this_script()}: {text}', flush=True)

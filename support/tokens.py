@@ -72,6 +72,13 @@ def load_meta(folder):
     return meta
 
 
+def identity(meta):
+    """A short text that two tokenizers share only if they are the same."""
+    content = {key: value for key, value in meta.items() if key not in ('tokens', 'source')}
+    text = json.dumps(content, sort_keys=True)
+    return f'{meta["tokenizer"]} {hashlib.sha256(text.encode()).hexdigest()[:12]}'
+
+
 def missing(path):
     """What to type when the token file `path` does not exist."""
     if (path.parent / 'prepare.py').exists():
@@ -108,6 +115,9 @@ class Tokens:
 
     def __len__(self):
         return self.n_tokens
+
+    def __str__(self):
+        return f'{self.n_tokens:,} tokens, {identity(self.meta)}'
 
     def random_offsets(self, key, n, length):
         """n random places at which `length` tokens start; they depend on the key and n alone."""

@@ -139,6 +139,7 @@ def run_here(script, *options, out=None):
           pytest.MonkeyPatch.context() as patch):
         patch.setattr(sys, 'argv', [script, *map(str, options)])
         patch.setattr(signal, 'signal', lambda *args: None)  # pytest keeps its own
+        patch.setattr(signal, 'set_wakeup_fd', lambda fd: -1)
         try:
             runpy.run_path(str(ROOT / script), run_name='__main__')
         except SystemExit as end:

@@ -84,13 +84,20 @@ class Job:
         if not (torchrun.get('enable') or torchrun.get('enabled')):
             env |= {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
             return [sys.executable, *container['command'][1:], *options], env
+        # torchrun takes the last --rdzv_conf only: one option for the job's and the stand-in's.
+        conf = [f'is_host={str(i == 0).lower()}']  # one host for all: an address cannot tell it
+        extra = []
+        for option in torchrun.get('extraOptions', []):
+            if option.startswith('--rdzv_conf='):
+                conf.append(option.removeprefix('--rdzv_conf='))
+            else:
+                extra.append(option)
         least = torchrun.get('minNodes') or self.spec['elastic']['minReplicas']
         return [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={least}:{self.size}',
                 '--nproc_per_node=1', f'--max_restarts={torchrun["maxRestarts"]}',
                 f'--rdzv_backend={torchrun["rdzvBackend"]}', '--role=node',
                 f'--rdzv_endpoint=127.0.0.1:{self.port}',
-                # one host for all: which of them is the first cannot be told by its address
-                '--local_addr=127.0.0.1', f'--rdzv_conf=is_host={str(i == 0).lower()}',
+                '--local_addr=127.0.0.1', f'--rdzv_conf={",".join(conf)}', *extra,
                 *container['args'], *options], env
 
     def start(self, i):

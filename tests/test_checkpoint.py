@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import random
+import re
+import resource
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,6 +19,7 @@ from model import GPT, GPTConfig
 from support import checkpoint, compat
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.errors import UserError
+from support.owner import Owner
 from support.tokens import GPT2_META
 
 TINY = {'block_size': 12, 'vocab_size': 61, 'n_layer': 3, 'n_head': 3, 'n_embd': 24}
@@ -91,7 +94,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
 def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
     path = tmp_path / 'ckpt.pt'
     assert one_line(load_checkpoint, path).startswith(f'{path} does not exist: ')
-    save_checkpoint(path, full_of(1))
+    save_checkpoint(Owner(tmp_path), full_of(1))
     whole = path.read_bytes()
     noise = np.random.default_rng(0).bytes(2000)
     for n in (0, 1, 2, 100, 1000, len(whole) // 2, len(whole) - 1):
@@ -165,26 +168,36 @@ def test_weights_and_optimizers_of_another_model_are_refused():
 
 
 # ----------------------------------------------------------------------------------- writing
-def save_again_and_again(n, paths, done):
+def save(folder, n, size=1, best=False):
+    """A save by a process that has just claimed the folder."""
+    save_checkpoint(Owner(folder), full_of(n, size), best)
+
+
+def checkpoints(folder):
+    """{name: what it is full of} of all checkpoints, whole or not, in a folder."""
+    return {name: held(folder / name) for name in os.listdir(folder) if name != 'owner.json'}
+
+
+def save_again_and_again(n, folder, done):
+    owner = Owner(folder)
     while True:
         n += 1
         state = full_of(n, 10**6)  # 40 MB
         done.send(n)  # the one before
-        save_checkpoint(paths[0], state, paths[1])
+        save_checkpoint(owner, state, best=True)
 
 
 @pytest.mark.parametrize('n_kills', [8, pytest.param(50, marks=pytest.mark.long)])
 def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kills, tmp_path):
-    paths = [tmp_path / 'ckpt.pt', tmp_path / 'best.pt']
     rng = random.Random(0)
     began = time.monotonic()
-    save_checkpoint(paths[0], full_of(1, 10**6), paths[1])
+    save(tmp_path, 1, 10**6, best=True)
     write_s = time.monotonic() - began
     ckpt = best = 1
     leftovers = 0
     for i in range(n_kills):
         listen, done = FORKS.Pipe()
-        process = FORKS.Process(target=save_again_and_again, args=(best, paths, done))
+        process = FORKS.Process(target=save_again_and_again, args=(best, tmp_path, done))
         process.start()
         for _ in range(1 + i % 2):  # the first or the second write
             listen.recv()
@@ -193,20 +206,20 @@ def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kil
         process.join()
         leftovers += any(tmp_path.glob('*.tmp'))
         older = ckpt
-        ckpt = held(paths[0])
-        best = held(paths[1])
+        ckpt = held(tmp_path / 'ckpt.pt')
+        best = held(tmp_path / 'best.pt')
         assert older <= ckpt <= best
     assert leftovers > 0 and best > n_kills / 2  # killed in a write, and after one
-    save_checkpoint(paths[0], full_of(0), paths[1])  # over what the last kill left
-    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
-    assert [held(path) for path in paths] == [0, 0]
+    save(tmp_path, 0, best=True)  # over what the last kill left
+    assert checkpoints(tmp_path) == {'ckpt.pt': 0, 'best.pt': 0}
 
 
 def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
     """After a kill between the two, ckpt.pt would say that these weights are best.pt's already."""
+    owner = Owner(tmp_path)
     renamed = []
-    monkeypatch.setattr(os, 'replace', lambda old, new: renamed.append(os.path.basename(new)))
-    save_checkpoint(tmp_path / 'ckpt.pt', full_of(1), tmp_path / 'best.pt')
+    monkeypatch.setattr(Path, 'replace', lambda old, new: renamed.append(new.name))
+    save_checkpoint(owner, full_of(1), best=True)
     assert renamed == ['best.pt', 'ckpt.pt']
 
 
@@ -214,57 +227,90 @@ def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize('killed', [True, False])
 @pytest.mark.parametrize('leftover', ['half a file', 'a link to best.pt'])
 def test_what_a_kill_left_behind_does_no_harm(leftover, killed, linkable, tmp_path, monkeypatch):
-    """The trap is the link: to rename it onto best.pt would do nothing, and to write into it would
-    change best.pt, for good if that write is killed, too."""
-    path, best = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
-    save_checkpoint(path, full_of(1), best)
-    for place in (path, best):
+    """A link is a trap: writing into it would change best.pt, for good if that is killed, too."""
+    dead = Owner(tmp_path)
+    save_checkpoint(dead, full_of(1), best=True)
+    for name in 'ckpt.pt', 'best.pt':
         if leftover == 'half a file':
-            Path(f'{place}.tmp').write_bytes(b'x' * 10**6)
+            dead.tmp(name).write_bytes(b'x' * 10**6)
         else:
-            os.link(best, f'{place}.tmp')
+            os.link(tmp_path / 'best.pt', dead.tmp(name))
     if not linkable:
         monkeypatch.setattr(os, 'link', Mock(side_effect=OSError))
     if killed:
         monkeypatch.setattr(torch, 'save', lambda state, file: file.write(b'half') and 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            save_checkpoint(path, full_of(2), best)
-        assert held(path) == held(best) == 1
+            save(tmp_path, 2, best=True)
+        assert checkpoints(tmp_path) == {'ckpt.pt': 1, 'best.pt': 1}
         return
-    save_checkpoint(path, full_of(2), best)
-    assert held(path) == held(best) == 2
-    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
-    assert os.path.samefile(path, best) == linkable  # no second copy of the data
-    save_checkpoint(path, full_of(3))
-    assert (held(path), held(best)) == (3, 2)
+    save(tmp_path, 2, best=True)
+    assert checkpoints(tmp_path) == {'ckpt.pt': 2, 'best.pt': 2}
+    # Where links are possible, the data is there once.
+    assert os.path.samefile(tmp_path / 'ckpt.pt', tmp_path / 'best.pt') == linkable
+    save(tmp_path, 3)
+    assert checkpoints(tmp_path) == {'ckpt.pt': 3, 'best.pt': 2}
 
 
-def another_process(path):
-    """It begins a save, and is killed in it."""
-    os.remove(f'{path}.tmp')
-    Path(f'{path}.tmp').write_bytes(b'half')
+@pytest.mark.parametrize('error', [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_write_that_fails_says_why_in_one_line_and_leaves_nothing(error, tmp_path, monkeypatch):
+    owner = Owner(tmp_path)
+    save_checkpoint(owner, full_of(1), best=True)
+    monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError(error, os.strerror(error))))
+    said = re.escape(os.strerror(error))
+    with pytest.raises(OSError, match=rf'ckpt\.pt: cannot be written: [^\n]*{said}$'):
+        save_checkpoint(owner, full_of(2), best=True)
+    assert checkpoints(tmp_path) == {'ckpt.pt': 1, 'best.pt': 1}
 
 
-@pytest.mark.parametrize(('fault', 'said'), [
-    (Mock(side_effect=OSError('No space left on device')), 'No space left'),
-    (another_process, 'another process writes there')])
-def test_a_write_that_fails_says_so_in_one_line_and_leaves_nothing(
-        fault, said, tmp_path, monkeypatch):
-    path, best = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
-    save_checkpoint(path, full_of(1), best)
-    monkeypatch.setattr(os, 'fsync', lambda fd: fault(path))
-    with pytest.raises(OSError, match=rf'ckpt\.pt: cannot be written: [^\n]*{said}[^\n]*$'):
-        save_checkpoint(path, full_of(2), best)
-    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt'] and held(path) == held(best) == 1
+def test_a_limit_met_inside_torch_save_is_named(tmp_path):
+    """torch.save hides the file's error behind one of its own."""
+    owner = Owner(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            save_checkpoint(owner, full_of(1, 10**5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints(tmp_path) == {}
+
+
+def test_whoever_lost_the_folder_saves_nothing(tmp_path):
+    loser = Owner(tmp_path)
+    save_checkpoint(loser, full_of(1), best=True)
+    save(tmp_path, 2)
+    with pytest.raises(UserError, match='taken over'):
+        save_checkpoint(loser, full_of(3), best=True)
+    assert checkpoints(tmp_path) == {'ckpt.pt': 2, 'best.pt': 1}
+
+
+def test_a_folder_lost_while_a_save_writes_is_not_touched(tmp_path, monkeypatch):
+    """It is claimed, and its temporary files are removed, in the middle of the write."""
+    loser = Owner(tmp_path)
+    fsync = os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda fd: (Owner(tmp_path), fsync(fd)))
+    with pytest.raises(UserError, match='taken over'):
+        save_checkpoint(loser, full_of(3), best=True)
+    assert checkpoints(tmp_path) == {}
 
 
 def test_a_disk_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
     """Else a new run would overwrite the checkpoint that is there."""
     path = str(tmp_path / 'ckpt.pt')
     assert not checkpoint.exists(path)
-    save_checkpoint(path, full_of(1))
+    save(tmp_path, 1)
     assert checkpoint.exists(path) and not checkpoint.exists(f'{path}/below')  # below a file
     monkeypatch.setattr(os, 'stat', Mock(side_effect=OSError(errno.ESTALE, 'Stale file handle')))
     for function in (checkpoint.exists, load_checkpoint):
         with pytest.raises(OSError, match='Stale'):
             function(path)
+
+
+@pytest.mark.parametrize('error', [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_called_damaged(
+        error, tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    fails = Mock(side_effect=OSError(error, os.strerror(error)))
+    monkeypatch.setattr(torch, 'load', fails)
+    with pytest.raises(OSError, match=rf'ckpt\.pt: cannot be read: {os.strerror(error)}$'):
+        load_checkpoint(tmp_path / 'ckpt.pt')

@@ -82,6 +82,13 @@ def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
     assert all(word in line for word in words.split()), line
 
 
+def test_an_argument_that_the_locale_cannot_read_is_refused_with_the_cure():
+    """As a Chinese path is in LC_ALL=C with Python's UTF-8 mode off: torch cannot open it."""
+    arg = '--out_dir=/tmp/\udce8\udcbe\udc93'  # what Python makes of such bytes
+    assert refuse(arg) == f'{arg!a}: not in the encoding of this locale, ' \
+                          f'{sys.getfilesystemencoding()}: set PYTHONUTF8=1'
+
+
 @pytest.mark.parametrize('name', configurator.FOREIGN)
 def test_an_option_known_from_elsewhere_is_refused_with_what_takes_its_place(name):
     _, advice = configurator.FOREIGN[name]

@@ -57,7 +57,7 @@ STATE = {
 def share_one_state(rank, port, path):
     """What each of two processes gets from rank 0, as text; and its copy of rank 0's weights."""
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    rendezvous.join('gloo', 60)
+    rendezvous.join('gloo', {}, 60)
     got = distributed.share(STATE if rank == 0 else {}, torch.device('cpu'))
     torch.manual_seed(rank)
     model = torch.nn.Linear(3, 2)

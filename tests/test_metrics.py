@@ -2,17 +2,24 @@
 import fcntl
 import math
 import os
+import pty
 import struct
+import subprocess
 import sys
 import termios
+import time
 from contextlib import suppress
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
-from conftest import log_of
+from conftest import ROOT, TINY, log_of, steps_of
 
 from support import metrics
+from support.checkpoint import load_checkpoint
 from support.metrics import Log
+from support.owner import Owner
 
 EVALUATION = {'train_loss': 3.0, 'val_loss': 3.5, 'eval_s': 0.25}
 WHOLE = [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),
@@ -23,7 +30,9 @@ def make(out_dir, iter_num=0, evaluated=False, peak_tok_per_sec=0.0, **config):
     """The Log of the main process of a run of 10 steps, of 100 tokens each."""
     config = {'out_dir': str(out_dir), 'eval_only': False, 'max_iters': 10, 'log_interval': 1,
               **config}
-    return Log(config, True, iter_num, 3.5 if evaluated else None, 100, peak_tok_per_sec)
+    return Log(config, owner=Owner(out_dir), is_main=True, iter_num=iter_num,
+               val_loss=3.5 if evaluated else None, tokens_per_step=100,
+               peak_tok_per_sec=peak_tok_per_sec)
 
 
 def numbers(i):
@@ -85,7 +94,7 @@ def test_tensorboard_tells_each_step_once_after_a_cut_and_can_be_missing(board, 
     if board:
         reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     else:
-        monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # import fails
+        monkeypatch.setitem(sys.modules, 'tensorboard.compat.proto.event_pb2', None)  # import fails
     write_run(tmp_path, last=5)
     write_run(tmp_path, start=3, last=6)
     assert told(tmp_path) == WHOLE
@@ -133,3 +142,114 @@ def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypat
     assert b'6/10' in shown and b'loss -2.0000' in shown and b'\r' in shown
     lines = capsys.readouterr().out
     assert lines.count('val loss 3.5000') == 4 and 'step 6 | loss' not in lines
+
+
+# --------------------------------------------------------------- recorders that fail, and long logs
+
+def test_a_board_that_cannot_be_imported_is_turned_off_in_one_line(tmp_path, monkeypatch, capsys):
+    """As tensorboard 2.9 with a protobuf that does not fit to it."""
+    pytest.importorskip('tensorboard')
+    broken = mock.Mock(side_effect=TypeError('Descriptors cannot be created directly.'))
+    monkeypatch.setattr(metrics, 'Board', broken)
+    write_run(tmp_path, last=6)
+    assert told(tmp_path) == WHOLE
+    off = 'TensorBoard is off from here on: TypeError: Descriptors cannot be created directly.\n'
+    assert capsys.readouterr().out.count(off) == 1
+
+
+def test_a_board_whose_disk_is_full_is_turned_off_in_one_line(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('tensorboard')
+    log = make(tmp_path)
+    full = open('/dev/full', 'wb')
+    monkeypatch.setattr(log.board.records, '_writer', full)
+    monkeypatch.setattr(log.board, 'file', full)
+    for i in range(1, 4):
+        log.step(i, 0.1, numbers(i))
+    log.close()
+    assert [entry['iter'] for entry in log_of(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().out.count('TensorBoard is off from here on: OSError: ') == 1
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = make(tmp_path)
+    log.file = open('/dev/full', 'w', buffering=1)
+    with pytest.raises(OSError, match=r'log\.jsonl: cannot be written: No space left'):
+        log.step(1, 0.1, numbers(1))
+
+
+def test_of_a_long_log_every_evaluation_and_some_steps_go_to_tensorboard():
+    entries = []
+    for i in range(12_001):
+        entries.append({'iter': i, 'loss': 1.0})
+        if i % 1000 == 0:
+            entries.append({'iter': i, 'val_loss': 1.0})
+    kept = list(metrics.thinned(entries))
+    steps = [entry['iter'] for entry in kept if 'loss' in entry]
+    assert 3000 < len(steps) <= 5000
+    assert set(np.diff(steps)) == {3}
+    assert [e['iter'] for e in kept if 'val_loss' in e] == list(range(0, 12_001, 1000))
+    assert list(metrics.thinned(entries[:100])) == entries[:100]
+
+
+@pytest.mark.long
+def test_a_restart_with_200_000_lines_costs_at_most_5_cpu_seconds(tmp_path):
+    line = '{"iter": %d, "loss": 3.1, "grad_norm": 1.0, "lr": 1e-3, "dt_ms": 9.0, "mfu": null}\n'
+    (tmp_path / 'log.jsonl').write_text(''.join(line % i for i in range(200_000)))
+    began = time.process_time()
+    make(tmp_path, iter_num=200_000, evaluated=True).close()
+    assert time.process_time() - began < 5
+    assert len(log_of(tmp_path)) == 200_000
+
+
+# ------------------------------------------------------------------------- output nobody can read
+
+OPTIONS = (*TINY, '--max_iters=30')
+
+
+def train_with(output, data_set, out_dir, *words):
+    """The exit code of a run whose output goes to a shell's redirection, and its last step."""
+    command = ' '.join([*words, sys.executable, str(ROOT / 'train.py'), *OPTIONS,
+                        f'--dataset={data_set}', f'--out_dir={out_dir}', output])
+    done = subprocess.run(['bash', '-c', f'set -o pipefail; {command}'], timeout=240,
+                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return done.returncode, log_of(out_dir)[-1]['iter'], done.stderr
+
+
+@pytest.mark.parametrize('output', ['> /dev/full', '>&-', '2>&- >&-', '| head -n 1 > /dev/null'])
+def test_output_that_cannot_be_written_ends_no_run(output, data_set, tmp_path):
+    assert train_with(output, data_set, tmp_path / 'out') == (0, 30, '')
+
+
+@pytest.mark.parametrize(('words', 'code', 'last'), [((), 129, None), (('nohup',), 0, 300)])
+def test_a_terminal_that_is_closed_stops_a_run_like_sigterm_and_nohup_keeps_it(
+        words, code, last, data_set, tmp_path):
+    """A closed SSH session: the terminal is gone, its processes get SIGHUP."""
+    out_dir = tmp_path / 'out'
+    argv = [*words, sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=300',
+            f'--dataset={data_set}', f'--out_dir={out_dir}']
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execvp(argv[0], argv)
+    script = SimpleNamespace(end=time.monotonic() + 240, code=None)
+
+    def wait_until(condition):
+        while not condition():
+            with suppress(OSError):  # nohup writes to a file instead
+                os.read(terminal, 2**16)
+            assert time.monotonic() < script.end
+            time.sleep(0.01)
+
+    wait_until(lambda: (out_dir / 'log.jsonl').exists() and len(steps_of(out_dir)) > 5)
+    os.close(terminal)
+
+    def has_ended():
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        script.code = os.waitstatus_to_exitcode(status)
+        return ended == pid
+
+    wait_until(has_ended)
+    assert script.code == code
+    steps = steps_of(out_dir)
+    assert load_checkpoint(out_dir / 'ckpt.pt')['iter_num'] == steps[-1]['iter']
+    assert last is None or steps[-1]['iter'] == last

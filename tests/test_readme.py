@@ -91,7 +91,7 @@ def test_every_file_and_option_that_a_page_names_exists(page):
     for script in ('train.py', 'sample.py', 'export.py', 'plot.py', 'data/openwebtext/prepare.py'):
         for name, default, _ in options_in(script):
             defaults[name] = default
-    others = ('help', 'key', 'nproc_per_node', 'max-log-requests')
+    others = ('help', 'key', 'nproc_per_node', 'signals_to_handle', 'max-log-requests')
     for span in spans(TEXT[page]):
         for option in span.split() if span.startswith('--') else ():
             name, _, value = option.removeprefix('--').partition('=')

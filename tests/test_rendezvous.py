@@ -1,27 +1,159 @@
 """rendezvous.py: how processes meet. That lost ones are met again, test_jobs.py shows."""
+import re
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import Script, free_port
+from conftest import (
+    TINY,
+    Script,
+    free_port,
+    patched_train,
+    start,
+    steps_of,
+    succeed,
+    write_data_set,
+)
 
 from support import rendezvous
 
+CPP_FRAMES = 'frame #', 'Exception raised from', 'c10::'
 
-def test_the_first_process_says_whom_it_waits_for(monkeypatch, capsys):
+
+def start_rank(rank, world_size, script, *options, port, address='127.0.0.1'):
+    env = {'RANK': str(rank), 'WORLD_SIZE': str(world_size), 'MASTER_ADDR': address,
+           'MASTER_PORT': port}
+    return start(script, *options, env=env)
+
+
+@pytest.fixture
+def soon(tmp_path):
+    """A train.py that reports after half a second what it waits for, and then every second."""
+    return patched_train(tmp_path, 'rendezvous.REPORT_EVERY_S = 1')
+
+
+def test_the_first_process_reports_whom_it_waits_for(monkeypatch):
     store = SimpleNamespace(set=lambda *args: None, get=lambda name: b'nobody yet')
-    half_seconds = iter(range(100))
+    seconds = iter(range(0, 100))
     monkeypatch.setattr(rendezvous, 'time', SimpleNamespace(
-        monotonic=lambda: next(half_seconds) / 2, sleep=lambda s: None))
+        monotonic=lambda: next(seconds) / 2, sleep=lambda s: None))
+    reported = []
+
+    def report(text):
+        reported.append(text)
+        if len(reported) == 3:
+            raise StopIteration
+
     with pytest.raises(StopIteration):
-        rendezvous.call_the_roll(store, 3)
-    assert capsys.readouterr().out == 'waiting for rank1, rank2 of 3 processes\n'
+        rendezvous.call_the_roll(store, 3, report)
+    assert reported == ['waiting for rank1, rank2 of 3 processes'] * 3
+
+
+@pytest.mark.parametrize(('address', 'reason'), [
+    ('no-such-host.invalid', 'the name does not resolve'), ('127.0.0.1', 'Connection refused')])
+def test_a_waiting_process_says_why_and_a_stop_ends_it_at_once(
+        address, reason, soon, data_set, tmp_path):
+    port = str(free_port())
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
+    waiting = start_rank(1, 2, soon, *options, port=port, address=address)
+    waiting.until(lambda script: script.out.count('waiting for') >= 2)
+    line = f'train.py: rank 1: waiting for rank 0 at {address}:{port}: {reason}'
+    assert set(waiting.out.splitlines()) == {line}
+    waiting.send(signal.SIGTERM)
+    assert waiting.wait(30).code == 143
+    assert waiting.err == ''
+
+
+def test_a_first_process_whose_own_name_does_not_resolve_waits_for_the_others(
+        soon, data_set, tmp_path):
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
+    port = str(free_port())
+    first = start_rank(0, 2, soon, *options, port=port, address='no-such-host.invalid')
+    first.until(lambda script: 'waiting for' in script.out)
+    succeed([first, start_rank(1, 2, soon, *options, port=port)])
+    said = first.out + first.err
+    assert 'train.py: rank 0: waiting for rank1 of 2 processes\n' in said
+    assert not any(frame in said for frame in CPP_FRAMES)
+
+
+def test_a_stop_ends_a_process_that_hangs_in_a_call_to_the_store(soon, data_set, tmp_path):
+    """Rank 0 is paused: the call into C++ does not return, and Python's handlers wait for that."""
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
+    port = str(free_port())
+    first = start_rank(0, 4, soon, *options, port=port)  # two of the four never come
+    second = start_rank(1, 4, soon, *options, port=port)
+    second.until(lambda script: 'until rank 0 has heard from all' in script.out)
+    first.send(signal.SIGSTOP)
+    time.sleep(1)
+    second.send(signal.SIGTERM)
+    stopped_at = time.monotonic()
+    assert second.wait(60).code == 143
+    assert time.monotonic() - stopped_at < rendezvous.STORE_LIMIT_S / 2
+    first.send(signal.SIGKILL)
 
 
 def test_who_waits_in_vain_asks_to_be_started_again():
     port = str(free_port())
-    code = "from support import rendezvous; rendezvous.join('gloo', 10, arrival_timeout_s=1)"
+    code = "from support import rendezvous; rendezvous.join('gloo', {}, 10, arrival_timeout_s=1)"
     env = {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
     waiting = Script([sys.executable, '-c', code], env).wait(60)
     assert waiting.code == 138
     assert f'rank 0: the 2 processes did not meet at 127.0.0.1:{port}' in waiting.err
+
+
+def test_a_fresh_process_meets_one_that_has_failed_to_connect_twice(data_set, tmp_path):
+    """torch counts tries in the keys of the store; without a reset they would never meet."""
+    script = patched_train(tmp_path, """
+        connect = rendezvous.connect
+        tries = []
+
+        def fail_twice(*args, **options):
+            connect(*args, **options)
+            tries.append(1)
+            if len(tries) <= 2:
+                print('failed', flush=True)
+                raise RuntimeError('Connection closed by peer')
+
+        rendezvous.connect = fail_twice
+        """)
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out', '--dist_timeout=10')
+    port = str(free_port())
+    first = start_rank(0, 2, script, *options, port=port)
+    old = start_rank(1, 2, script, *options, port=port)
+    first.until(lambda script: script.out.count('failed') == 2)
+    old.send(signal.SIGKILL)
+    succeed([first, start_rank(1, 2, 'train.py', *options, port=port)])
+    assert len(steps_of(tmp_path / 'out')) == 10
+
+
+# ------------------------------------------------------------------- nobody else's process gets in
+
+@pytest.mark.parametrize(('option', 'named'), [
+    ('--seed=2', 'seed=2, but rank 0 has seed=1337'),
+    ('--batch_size=2 --gradient_accumulation_steps=4', 'batch_size=2, but rank 0 has batch_size=4'),
+    ('--dtype=bfloat16', 'dtype=bfloat16, but rank 0 has dtype=float32'),
+    ('--dataset={other}', r'data=\[.*3,000.*\], but rank 0 has data=\[.*4,000')])
+def test_a_process_of_another_run_is_refused_and_the_right_one_is_waited_for(
+        option, named, data_set, tmp_path):
+    other = write_data_set(tmp_path / 'other', n_train=3000)
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
+    port = str(free_port())
+    first = start_rank(0, 2, 'train.py', *options, port=port)
+    stranger = start_rank(1, 2, 'train.py', *options, *option.format(other=other).split(),
+                          port=port)
+    assert stranger.wait().code == 1
+    assert re.search(f'^train.py: rank 1: {named}', stranger.err), stranger.err
+    assert len(stranger.err.splitlines()) == 1
+    succeed([first, start_rank(1, 2, 'train.py', *options, '--log_interval=3', port=port)])
+
+
+def test_another_world_size_is_refused(data_set, tmp_path):
+    options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
+    port = str(free_port())
+    first = start_rank(0, 2, 'train.py', *options, port=port)
+    stranger = start_rank(1, 4, 'train.py', *options, port=port)
+    assert stranger.wait().code == 1
+    assert 'WORLD_SIZE=4, but rank 0 has WORLD_SIZE=2' in stranger.err
+    succeed([first, start_rank(1, 2, 'train.py', *options, port=port)])

@@ -264,12 +264,11 @@ def evaluate():
 
 def save(best=False):
     """Save everything that an exact resume needs."""
-    state = {
+    checkpoint.save_checkpoint(owner, {
         'model': raw_model.state_dict(), 'optimizer': checkpoint.optimizer_state(optimizers),
         'scaler': scaler.state_dict(), 'model_args': vars(shape), 'meta': meta, 'config': config,
         'iter_num': iter_num, 'val_loss': val_loss, 'best_val_loss': best_val_loss,
-    }
-    checkpoint.save_checkpoint(owner, state, best)
+    }, best)
     log.say(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
 
 

@@ -1,6 +1,6 @@
 """Measure the speed here, in minutes: python bench.py [--cases=step] [--compile=True]
 
-GPT-2 124M, next to a plain program in nanoGPT's style: all logits, batches stacked from a memory
+GPT-2 124M, next to a plain program in nanoGPT's style: batches stacked from a memory
 map opened for each, sampling without a cache (timed at the mean context), checkpoints not synced;
 on CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, is next
 to tiktoken alone, scaled perfectly to all threads. Each measurement is a process, the two sides
@@ -32,117 +32,202 @@ batch_size = 0  # sequences per step, of 1024 tokens on a GPU, 256 elsewhere; 0:
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, mps
 compile = 'auto'  # compile our side of the step: auto (on for CUDA), True, False
 run = ''  # one measurement of the table, printed as JSON; for internal use
-limits = {'rounds': configurator.at_least(1), 'batch_size': configurator.at_least(0), 'cases': (
-    'any of step, loader, sample, save, prepare',
-    lambda words: set(words.split()) <= {'step', 'loader', 'sample', 'save', 'prepare'})}
+CASES = ('step', 'loader', 'sample', 'save', 'prepare')
+
+
+def known(words):
+    return set(words.split()) <= set(CASES)
+
+
+limits = [(configurator.at_least(1), ['rounds']), (configurator.at_least(0), ['batch_size']),
+          ((f'any of {", ".join(CASES)}', known), ['cases'])]
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 with configurator.user_errors():
     place = resolve_device(device)
-cuda, dtype = place.startswith('cuda'), getattr(torch, resolve_dtype('auto', place))
-B, T, threads = batch_size or (12 if cuda else 4), 1024 if cuda else 256, torch.get_num_threads()
-here, gpt2 = Path(__file__).resolve().parent, partial(GPT, GPTConfig(vocab_size=50304, bias=False))
+cuda = place.startswith('cuda')
+dtype = getattr(torch, resolve_dtype('auto', place))
+threads = torch.get_num_threads()
+here = Path(__file__).resolve().parent
+if cuda:
+    B, T = 12, 1024
+else:
+    B, T = 4, 256
+if batch_size:
+    B = batch_size
+
+
+def gpt2():
+    return GPT(GPTConfig(vocab_size=50304, bias=False))
 
 
 def median_s(work, n, warm_up=0):
     """Median seconds of n calls of work(), the device's work included."""
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    times = timeit.repeat(lambda: (work(), wait()), number=1, repeat=warm_up + n)
+    def work_and_wait():
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+
+    times = timeit.repeat(work_and_wait, number=1, repeat=warm_up + n)
     return statistics.median(times[warm_up:])
 
 
-def step(plain, folder):
-    """B x T tokens; our side is train.py itself, by its log."""
-    if plain:
-        model, (x, y) = gpt2().to(place), torch.randint(50257, (2, B, T), device=place)
-        forward = torch.compile(model) if cuda else model
-        optimizer = torch.optim.AdamW(model.parameters(), **({'fused': True} if cuda else {}))
-
-        def work():
-            with torch.autocast('cuda', dtype, enabled=cuda):
-                loss = torch.nn.functional.cross_entropy(forward(x)[0].flatten(0, 1), y.flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        s = median_s(work, 3, warm_up=2)
+def plain_step_s():
+    model = gpt2().to(place)
+    x, y = torch.randint(50257, (2, B, T), device=place)
+    if cuda:
+        forward = torch.compile(model)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     else:
-        sys.argv = ['train.py', f'--dataset={folder}', f'--out_dir={folder}', f'--device={device}',
-                    f'--batch_size={B}', f'--block_size={T}', '--gradient_accumulation_steps=1',
-                    '--max_iters=5', '--warmup_iters=0', '--eval_iters=1', f'--compile={compile}']
-        try:
-            runpy.run_path(f'{here}/train.py', run_name='__main__')
-        except SystemExit as end:
-            if end.code:
-                raise
-        log = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
-        s = statistics.median([entry['dt_ms'] for entry in log if 'dt_ms' in entry][2:]) / 1000
-    flops, most = gpt2().train_flops_per_token() * B * T, peak_flops(place)
-    return {'ms per step': 1000 * s, 'tokens/s': B * T / s, 'mfu': most and flops / s / most}
+        forward = model
+        optimizer = torch.optim.AdamW(model.parameters())
+
+    def work():
+        with torch.autocast('cuda', dtype, enabled=cuda):
+            loss = torch.nn.functional.cross_entropy(forward(x)[0].flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return median_s(work, 3, warm_up=2)
+
+
+def our_step_s(folder):
+    """train.py itself, by its log."""
+    sys.argv = ['train.py', f'--dataset={folder}', f'--out_dir={folder}', f'--device={device}',
+                f'--batch_size={B}', f'--block_size={T}', '--gradient_accumulation_steps=1',
+                '--max_iters=5', '--warmup_iters=0', '--eval_iters=1', f'--compile={compile}']
+    try:
+        runpy.run_path(f'{here}/train.py', run_name='__main__')
+    except SystemExit as end:
+        if end.code:
+            raise
+    entries = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    times_ms = [entry['dt_ms'] for entry in entries if 'dt_ms' in entry]
+    return statistics.median(times_ms[2:]) / 1000
+
+
+def step(plain, folder):
+    """B x T tokens."""
+    s = plain_step_s() if plain else our_step_s(folder)
+    tok_per_sec = B * T / s
+    flops = gpt2().train_flops_per_token() * tok_per_sec
+    peak = peak_flops(place)
+    mfu = flops / peak if peak else 0  # 0: unknown
+    return {'ms per step': 1000 * s, 'tokens/s': tok_per_sec, 'mfu': mfu}
 
 
 def loader(plain, folder):
-    data, rng = tokens.Tokens(folder, 'train'), np.random.default_rng(0)
+    data = tokens.Tokens(folder, 'train')
+    rng = np.random.default_rng(0)
 
-    def work():
-        if not plain:
-            return data.cut(rng.integers(len(data) - 1024, size=12), 1025)
+    def plain_work():
         ids = np.memmap(folder / 'train.bin', np.uint16, 'r')
         starts = rng.integers(len(ids) - 1024, size=12)
-        return [np.stack([ids[i + shift:][:1024] for i in starts]).astype(int) for shift in (0, 1)]
+        x = np.stack([ids[i:i + 1024] for i in starts]).astype(int)
+        y = np.stack([ids[i + 1:i + 1025] for i in starts]).astype(int)
+        return x, y
 
-    return {'us per 12 x 1024': 1e6 * median_s(work, 2000, warm_up=100)}
+    def our_work():
+        starts = rng.integers(len(data) - 1024, size=12)
+        return data.cut(starts, 1025)
+
+    s = median_s(plain_work if plain else our_work, 2000, warm_up=100)
+    return {'us per 12 x 1024': 1e6 * s}
 
 
 def sample(plain, folder):
-    model, rates = gpt2().to(place, torch.float32 if plain else dtype).requires_grad_(False), {}
-    for B, n in (1, 256), (1, 900), (8, 256):
-        idx = torch.zeros(B, n // 2 if plain else 1, dtype=torch.int64, device=place)
-        work = partial(model, idx) if plain else partial(model.generate, idx, n, 0.8, 200)
-        rates[f'tokens/s, {B} x {n}'] = B * (1 if plain else n) / median_s(work, 2)
+    rates = {}
+    model = gpt2().to(place).requires_grad_(False)
+    if not plain:
+        model.to(dtype)
+    for rows, n in ((1, 256), (1, 900), (8, 256)):
+        if plain:  # one token, with the mean context
+            idx = torch.zeros(rows, n // 2, dtype=torch.int64, device=place)
+            rate = rows / median_s(partial(model, idx), 2)
+        else:
+            idx = torch.zeros(rows, 1, dtype=torch.int64, device=place)
+            work = partial(model.generate, idx, n, temperature=0.8, top_k=200)
+            rate = rows * n / median_s(work, 2)
+        rates[f'tokens/s, {rows} x {n}'] = rate
     return rates
 
 
 def save(plain, folder):
-    weights, path = gpt2().to(place).state_dict(), f'{folder}/ckpt.pt'
-    state = [weights, *({name: w.clone() for name, w in weights.items()} for _ in range(2))]
-    work = partial(torch.save, state, path) if plain else partial(save_checkpoint, path, state)
-    return {'s per 1.49 GB': median_s(work, 3)}
+    path = f'{folder}/ckpt.pt'
+    weights = gpt2().to(place).state_dict()
+    first = {name: weight.clone() for name, weight in weights.items()}  # AdamW's two moments
+    second = {name: weight.clone() for name, weight in weights.items()}
+    state = [weights, first, second]
+
+    def plain_work():
+        torch.save(state, path)
+
+    def our_work():
+        save_checkpoint(path, state)
+
+    return {'s per 1.49 GB': median_s(plain_work if plain else our_work, 3)}
 
 
 def prepare(plain, folder):
-    text, path = corpus.one_text(here / 'data/shakespeare_char')[0], folder / 'text.txt'
+    text, _ = corpus.one_text(here / 'data/shakespeare_char')
     lines = [text[i:i + 5000].replace('\n', ' ') + '\n' for i in range(0, len(text), 5000)] * 20
+    path = folder / 'text.txt'
     with open(path, 'w', encoding='utf-8') as f:
         f.writelines(lines)
     encode = tokens.gpt2_encoding().encode_ordinary  # loaded before the clock starts, for both
-    s = median_s(lambda: sum(len(encode(line)) for line in lines[::threads]) if plain else (
-        corpus.write_documents(folder, corpus.local_documents(str(path)), threads)), 1)
+
+    def plain_work():
+        for line in lines[::threads]:
+            encode(line)
+
+    def our_work():
+        corpus.write_documents(folder, corpus.local_documents(str(path)), threads)
+
+    s = median_s(plain_work if plain else our_work, 1)
     return {'MB/s': path.stat().st_size / 1e6 / s}
 
 
+def peak_bytes():
+    """The GPU's, else this process's, its imports included."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # from KiB; macOS: bytes
+
+
+def measure(case, side):
+    """{what: number} of one side of a case, from a process of its own."""
+    done = subprocess.run([sys.executable, *sys.argv, f'--run={case} {side}'],
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 if run:
-    (case, side), imports = run.split(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with tempfile.TemporaryDirectory(dir='.') as tmp:
+    case, side = run.split()
+    imports = peak_bytes()
+    with configurator.user_errors(), tempfile.TemporaryDirectory(dir='.') as tmp:
+        ids = np.resize(np.arange(50257, dtype=np.uint16), 10**7)
         for split in ('train', 'val'):
-            np.resize(np.arange(50257, dtype=np.uint16), 10**7).tofile(f'{tmp}/{split}.bin')
+            ids.tofile(f'{tmp}/{split}.bin')
+        del ids
         numbers = globals()[case](side == 'plain', Path(tmp).resolve())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imports  # KiB; macOS: bytes
-    gpu = torch.cuda.max_memory_allocated() if cuda else 0
-    print(json.dumps(numbers | {'peak MiB': (gpu or 1024 * peak) / 2**20}))
+    numbers['peak MiB'] = (peak_bytes() - imports) / 2**20
+    print(json.dumps(numbers))
     sys.exit()
 print(f'{"":27} {"plain":>10} {"ours":>10} {"ours/plain":>10}   on {place}, '
       f'{threads} threads, torch {torch.__version__}')
 for case in cases.split():
-    found = {'plain': [], 'ours': []}
-    for side in [*found] * rounds:
-        done = subprocess.run([sys.executable, *sys.argv, f'--run={case} {side}'],
-                              capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        found[side].append(json.loads(done.stdout.splitlines()[-1]))
-    for key in found['ours'][0]:
-        a, b = (statistics.median(numbers[key] for numbers in side) for side in found.values())
-        if b:
-            print(f'{case:8} {key:18} {a:10,.4g} {b:10,.4g} {b / a if a else 0:10.3f}', flush=True)
+    plain_runs = []
+    our_runs = []
+    for _ in range(rounds):
+        plain_runs.append(measure(case, 'plain'))
+        our_runs.append(measure(case, 'ours'))
+    for name in our_runs[0]:
+        plain = statistics.median(numbers[name] for numbers in plain_runs)
+        ours = statistics.median(numbers[name] for numbers in our_runs)
+        ratio = ours / plain if plain else 0
+        if ours:
+            print(f'{case:8} {name:18} {plain:10,.4g} {ours:10,.4g} {ratio:10.3f}', flush=True)

@@ -2,7 +2,7 @@
 
 A script starts with its options, `name = default  # unit and meaning`, and a table of limits:
 
-    limits = {'steps warmup': at_least(1), 'dropout': between(0, 1), 'kind': one_of('a', 'b')}
+    limits = [(at_least(1), ['steps', 'warmup']), (one_of('a', 'b'), ['kind'])]
     options = configurator.options(globals())
     globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 """
@@ -10,7 +10,6 @@ import ast
 import difflib
 import math
 import os
-import re
 import runpy
 import shlex
 import sys
@@ -19,13 +18,15 @@ from pathlib import Path
 
 from support.errors import UserError
 
-FOREIGN = {  # options of other programs, and what to use here instead
-    'lr': 'type --learning_rate',
-    'epochs': 'type --max_iters, in optimizer steps',
-    'decay_lr': 'for a constant rate set min_lr equal to learning_rate',
-    'always_save_checkpoint': 'every evaluation saves ckpt.pt, and best.pt if it is the best',
-    'wandb_log': 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard',
-    'backend': 'it is chosen by device: NCCL for CUDA, else gloo',
+# Options of other programs: what to use instead, in a script that has the option named first.
+FOREIGN = {
+    'lr': ('learning_rate', 'type --learning_rate'),
+    'epochs': ('max_iters', 'type --max_iters, in optimizer steps'),
+    'decay_lr': ('min_lr', 'for a constant rate set min_lr equal to learning_rate'),
+    'always_save_checkpoint': (
+        'eval_interval', 'every evaluation saves ckpt.pt, and best.pt if it is the best'),
+    'wandb_log': ('log_interval', 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard'),
+    'backend': ('dist_timeout', 'it is chosen by device: NCCL for CUDA, else gloo'),
 }
 
 
@@ -50,33 +51,46 @@ def options(namespace):
     return {k: v for k, v in namespace.items() if k[0] != '_' and isinstance(v, (int, float, str))}
 
 
-def override(defaults, argv, script, limits=None):
+def override(defaults, argv, script, limits=()):
     """`defaults` after every config file and --key=value of `argv`, in the order given.
 
-    limits: {'one or more names': (the expected values, in words; a function that checks a value)}.
+    limits: [((the expected values, in words; a function that checks a value), names of options)].
     A mistake ends the program with one line. --help prints the options, as set so far, and exits.
     """
     values = dict(defaults)
     with user_errors():
-        for arg, following in zip(argv, [*argv[1:], '--']):
+        for i, arg in enumerate(argv):
             if arg in ('-h', '--help'):
-                with suppress(BrokenPipeError):  # of `| head`
-                    sys.exit(print(usage(values, script), flush=True))
-                os._exit(0)  # a normal exit would flush again, and fail again
-            if not arg.startswith('--'):
+                print_help(values, script)
+            elif arg.startswith('--'):
+                key, equals, text = arg[2:].partition('=')
+                check_known(key, defaults, arg)
+                if not equals:
+                    example = defaults[key]
+                    if i + 1 < len(argv) and not argv[i + 1].startswith('--'):
+                        example = argv[i + 1]  # typed as `--key value`
+                    raise UserError(f'{arg}: expected --key=value, e.g. --{key}={example}')
+                values[key] = parse(text, defaults[key], arg)
+            else:
                 read_config(arg, defaults, values)
-                continue
-            key, equals, text = arg[2:].partition('=')
-            check_known(key, defaults, arg)
-            if not equals:
-                example = defaults[key] if following.startswith('--') else following
-                raise UserError(f'{arg}: expected --key=value, e.g. --{key}={example}')
-            values[key] = parse(text, defaults[key], arg)
-        for names, (expected, fits) in (limits or {}).items():
-            for name in names.split():
-                if not fits(values[name]):
-                    raise UserError(f'--{name}={values[name]}: expected {expected}')
+        check_limits(values, limits)
     return values
+
+
+def print_help(values, script):
+    """Print the script's options and end the program."""
+    try:
+        print(usage(values, script), flush=True)
+    except BrokenPipeError:  # of `| head`: a normal exit would flush again, and fail again
+        os._exit(0)
+    sys.exit()
+
+
+def check_limits(values, limits):
+    for (expected, fits), names in limits:
+        for name in names:
+            if not fits(values[name]):
+                raise UserError(f'--{name}={values[name]}: expected {expected}')
 
 
 @contextmanager
@@ -90,14 +104,22 @@ def user_errors():
 
 def this_script():
     """The script's name, and this process's rank if it is one of several."""
-    alone = os.environ.get('WORLD_SIZE', '1') == '1'
-    return Path(sys.argv[0]).name + ('' if alone else f': rank {os.environ.get("RANK")}')
+    name = Path(sys.argv[0]).name
+    if os.environ.get('WORLD_SIZE', '1') == '1':
+        return name
+    return f'{name}: rank {os.environ.get("RANK")}'
 
 
 def command(**changed):
     """What to type to run this script again, with these options changed."""
-    kept = [arg for arg in sys.argv if arg[2:].partition('=')[0] not in changed]
-    return shlex.join(['python', *kept, *(f'--{k}={v}' for k, v in changed.items())])
+    words = ['python']
+    for arg in sys.argv:
+        key = arg[2:].partition('=')[0]
+        if key not in changed:
+            words.append(arg)
+    for key, value in changed.items():
+        words.append(f'--{key}={value}')
+    return shlex.join(words)
 
 
 def read_config(path, defaults, values):
@@ -116,10 +138,13 @@ def read_config(path, defaults, values):
 
 
 def check_known(key, defaults, where):
-    if key not in defaults:
+    if key in defaults:
+        return
+    needed, hint = FOREIGN.get(key, ('', ''))
+    if needed not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
-        raise UserError(f'{where}: unknown option {key}; {FOREIGN.get(key, hint)}')
+    raise UserError(f'{where}: unknown option {key}; {hint}')
 
 
 def parse(value, default, where):
@@ -137,20 +162,24 @@ def check_type(value, default, where):
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'{where}: expected a finite number')
-    if type(value) is not type(default) and not (default == 'auto' and type(value) is bool):
+    if default == 'auto' and type(value) is bool:
+        return value
+    if type(value) is not type(default):
         raise UserError(f'{where}: expected {type(default).__name__}, e.g. {default!r}')
     return value
 
 
 def usage(values, script):
     """The script's docstring and its options, with the comments beside and above them."""
-    source, left = Path(script).read_text(encoding='utf-8'), dict(values)
-    lines = [ast.get_docstring(ast.parse(source)), '']
-    for name, comment, heading in re.findall(
-            r'^(?:(\w+) = [^#\n]+?(?:  # (.*))?|# (?!-)(.*))$', source, re.MULTILINE):
-        if heading and left:
-            lines.append(f'# {heading}')
-        elif name in left:
+    source = Path(script).read_text(encoding='utf-8')
+    shown = [ast.get_docstring(ast.parse(source)), '']
+    left = dict(values)
+    for line in source.splitlines():
+        code, _, comment = line.partition('  # ')
+        name = code.partition(' = ')[0]
+        if name in left:
             option = f'--{name}={left.pop(name)}'.replace('\n', '\\n')
-            lines.append(f'  {option:36} {comment}')
-    return '\n'.join(lines)
+            shown.append(f'  {option:36} {comment}')
+        elif left and line.startswith('# ') and not line.startswith('# -'):
+            shown.append(line)  # a heading
+    return '\n'.join(shown)

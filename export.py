@@ -24,34 +24,46 @@ checkpoint = 'ckpt.pt'  # file in it: ckpt.pt, the newest, or best.pt, the lowes
 hf_dir = 'hf'  # folder to write, new or empty
 dtype = 'float32'  # of the weights written: float32, bfloat16 or float16
 keep_vocab = False  # keep embeddings beyond the tokenizer's vocabulary (padded to 50304 for speed)
-limits = {'dtype': one_of('float32', 'bfloat16', 'float16')}
+limits = [(one_of('float32', 'bfloat16', 'float16'), ['dtype'])]
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__,
                                        limits))
+
+
+def tokenizer_files(block_size):
+    """{name: text} of GPT-2's tokenizer, as transformers.AutoTokenizer reads it."""
+    tokens.gpt2_encoding()  # puts OpenAI's files into data/gpt2 if need be, and checks them
+    openai = tokens.DATA / 'gpt2'
+    config = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': block_size,
+              'add_prefix_space': False, 'clean_up_tokenization_spaces': False,
+              'bos_token': tokens.EOT, 'eos_token': tokens.EOT, 'unk_token': tokens.EOT}
+    return {'vocab.json': (openai / 'encoder.json').read_text(encoding='utf-8'),
+            'merges.txt': (openai / 'vocab.bpe').read_text(encoding='utf-8'),
+            'tokenizer_config.json': json.dumps(config, indent=2)}
+
 
 with configurator.user_errors():
     ckpt = load_checkpoint(Path(out_dir) / checkpoint)
     model = GPT.from_checkpoint(ckpt)
-    padded, files = model.config.vocab_size, {}
-    meta = ckpt.get('meta') or tokens.GPT2_META  # nanoGPT's checkpoints have none
+    padded = model.config.vocab_size
+    meta = ckpt.get('meta', tokens.GPT2_META)  # nanoGPT's checkpoints have none
     if meta['vocab_size'] > padded:
         meta = {'tokenizer': 'unknown', 'vocab_size': padded}
-    if meta['tokenizer'] == 'gpt2':  # as transformers.AutoTokenizer reads it
-        tokens.gpt2_encoding()  # puts OpenAI's files into data/gpt2 if need be, and checks them
-        for name, openai_name in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):
-            files[name] = (tokens.DATA / 'gpt2' / openai_name).read_text(encoding='utf-8')
-        files['tokenizer_config.json'] = json.dumps({
-            'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': model.config.block_size,
-            'add_prefix_space': False, 'clean_up_tokenization_spaces': False,
-            **{f'{x}_token': tokens.EOT for x in ('bos', 'eos', 'unk')}}, indent=2)
-    vocab_size = padded if keep_vocab else meta['vocab_size']
+    files = {}
+    if meta['tokenizer'] == 'gpt2':
+        files = tokenizer_files(model.config.block_size)
+    vocab_size = meta['vocab_size']
+    if keep_vocab:
+        vocab_size = padded
     model.save_pretrained(hf_dir, getattr(torch, dtype), vocab_size, files)
 
 print(f'{out_dir}/{checkpoint} (step {ckpt.get("iter_num")}) -> {hf_dir}: {dtype}, vocabulary '
       f'{vocab_size:,} of {padded:,}')
 if padded > meta['vocab_size']:
     rows = f'embeddings {meta["vocab_size"]:,} to {padded - 1:,}, which the tokenizer lacks,'
-    print(rows, 'were kept: CTranslate2 refuses such a folder' if keep_vocab else
-          'were left out; --keep_vocab=True keeps them')
+    if keep_vocab:
+        print(f'{rows} were kept: CTranslate2 refuses such a folder')
+    else:
+        print(f'{rows} were left out; --keep_vocab=True keeps them')
 if not model.config.bias:
     print('the model has no biases: zeros were written in their place')
 if not files:

@@ -18,11 +18,6 @@ from torch.nn import functional as F
 
 from support.errors import UserError
 
-try:
-    from torch.compiler import is_compiling
-except ImportError:  # torch 2.1 has it elsewhere, torch 1.13 has no compiler
-    is_compiling = getattr(torch._utils, 'is_compiling', lambda: False)
-
 MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, not weights
 
 
@@ -53,17 +48,19 @@ def layer_norm(config):
 
 def attention(q, k, v, causal, dropout):
     """softmax(q k^T / sqrt(hs)) v on (B, nh, T, hs); causal: position t sees only 0..t."""
-    B, nh, T, hs = q.shape
+    T, hs = q.shape[-2:]
     # On a CPU in bfloat16, torch's fused attention takes three times as long, forward and backward,
     # as the plain form, which stores T x T weights and so is used for short sequences only.
     plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 256
     if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 has none
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    mask = q.new_full((T, k.size(1)), float('-inf') if causal else 0.0).triu(1)
-    att = torch.baddbmm(mask.expand(B * nh, -1, -1), q, k.transpose(1, 2), alpha=hs**-0.5)
-    att = F.dropout(att.softmax(-1), dropout, training=dropout > 0)
-    return (att.to(v.dtype) @ v).view(B, nh, T, hs)
+    att = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
+    if causal:
+        # Made in float32: on a GPU, torch < 2.1 has no triu in bfloat16.
+        mask = torch.full((T, T), float('-inf'), device=q.device).triu(1)
+        att = att + mask.to(att.dtype)
+    att = F.dropout(att.softmax(-1), dropout)
+    return att @ v
 
 
 class CausalSelfAttention(nn.Module):
@@ -71,7 +68,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, past=None):
@@ -82,11 +80,15 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs), the layout SDPA wants
         if past is not None:
             keys, values, n = past
-            keys[:, :, n:n + T], values[:, :, n:n + T] = k, v
-            q, k, v = q.to(keys.dtype), keys[:, :, :n + T], values[:, :, :n + T]
-        y = attention(q, k, v, causal=T > 1, dropout=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y if past is None else y.to(x.dtype)))
+            keys[:, :, n:n + T] = k
+            values[:, :, n:n + T] = v
+            q = q.to(keys.dtype)
+            k = keys[:, :, :n + T]
+            v = values[:, :, :n + T]
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, causal=T > 1, dropout=dropout)
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # a CPU's cache is float32
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -113,50 +115,21 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy whose logits (N, V), by far the largest tensor, exist once: their gradient is
-    written over them, `rows` at a time in float32. Same loss, same gradients, a tenth faster."""
-    rows = 64  # on a CPU, whose cache they fit into; a GPU is faster with few large kernels
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        logits, log_likelihood = F.linear(x, weight), []
-        rows = HeadLoss.rows if x.device.type == 'cpu' else 1024
-        for z, t in zip(logits.split(rows), targets[:, None].split(rows)):
-            p = z.float().log_softmax(-1)
-            log_likelihood.append(p.gather(1, t))
-            p.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=p.dtype))
-            z.copy_(p)  # d loss / d logits, but for the factor 1 / N
-        ctx.save_for_backward(x, weight, logits)
-        return -torch.cat(log_likelihood).mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, g = ctx.saved_tensors
-        g *= grad / len(x)  # before the products: float16's scaled gradients must stay in range
-        return (g @ weight.to(g.dtype)).to(x.dtype), (g.t() @ x.to(g.dtype)).to(weight.dtype), None
-
-
-def next_token_loss(x, weight, targets):
-    """Mean cross-entropy in nats of softmax(x weight^T) against targets: x (N, C), targets (N)."""
-    # To try an idea about the loss, return the plain F.cross_entropy below in every case.
-    if is_compiling():  # torch.compile fuses it
-        return F.cross_entropy(F.linear(x, weight).float(), targets)
-    return HeadLoss.apply(x, weight, targets)
-
-
 def pick(logits, temperature=1.0, top_k=None, top_p=None):
     """One token id (B, 1) drawn from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ids = None
-    if top_k or top_p not in (None, 1):  # likeliest first; drawing from few is faster
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    cut_tail = top_p is not None and top_p < 1
+    if not top_k and not cut_tail:
+        return torch.multinomial((logits / temperature).softmax(-1), 1)
+    # Likeliest first: top_p adds up from there, and drawing from few is faster.
+    V = logits.size(-1)
+    logits, ids = logits.topk(min(top_k or V, V))
     probs = (logits / temperature).softmax(-1)
-    if top_p not in (None, 1):
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the first always stays
-    drawn = torch.multinomial(probs, 1)
-    return drawn if ids is None else ids.gather(-1, drawn)
+    if cut_tail:
+        before = probs.cumsum(-1) - probs  # total probability of the likelier tokens
+        probs = probs.masked_fill(before >= top_p, 0)  # the first always stays
+    return ids.gather(-1, torch.multinomial(probs, 1))
 
 
 class GPT(nn.Module):
@@ -174,35 +147,46 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # Two branches a layer add up in the residual stream: GPT-2, section 2.3.
-                branches = 2 * config.n_layer if name.endswith('c_proj.weight') else 1
-                nn.init.normal_(p, std=0.02 / math.sqrt(branches))
+                std = 0.02
+                if name.endswith('c_proj.weight'):
+                    # Two branches a layer add up in the residual stream: GPT-2, section 2.3.
+                    std = 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None):
-        """idx, targets (B, T) -> (logits (B, T, vocab_size), None), or (None, loss) with targets:
-        the mean in nats. The logits, by far the largest tensor, are then not returned."""
-        x = self.hidden(idx)
+        """idx (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, loss), the
+        mean cross-entropy in nats over the targets other than -1, nan if there are none. Returning
+        the logits, too, would cost a compiled step a second tensor of their size, the largest."""
+        logits = self.lm_head(self.hidden(idx))
         if targets is None:
-            return self.lm_head(x), None
-        return None, next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return logits, None
+        logits = logits.flatten(0, 1).float()  # 16 bits are too few for a sum over the vocabulary
+        return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def hidden(self, idx, cache=None, n=0):
         """The last layer's output (B, T, C), normalized. cache: a `new_cache`, filled up to n."""
         T = idx.size(1)
-        assert n + T <= self.config.block_size, f'{n + T} tokens > {self.config.block_size=}'
+        block_size = self.config.block_size
+        assert n + T <= block_size, f'{n + T} tokens, but block_size is {block_size}'
         positions = torch.arange(n, n + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else (*cache[i], n))
+            past = None
+            if cache is not None:
+                keys, values = cache[i]
+                past = keys, values, n
+            x = block(x, past)
         return self.transformer.ln_f(x)
 
     # --------------------------------------------------------------------------------- training
     def num_params(self, positions=True):
         """Parameters, the tied embedding once, and wpe if positions are to be counted."""
         n = sum(p.numel() for p in self.parameters())
-        return n if positions else n - self.transformer.wpe.weight.numel()
+        if not positions:
+            n -= self.transformer.wpe.weight.numel()
+        return n
 
     def train_flops_per_token(self):
         """Training FLOPs, forward plus backward, that one token costs: 6 N + 12 L d T. N leaves out
@@ -213,27 +197,30 @@ class GPT(nn.Module):
     def configure_optimizers(self, name, learning_rate, muon_learning_rate, betas, weight_decay):
         """[AdamW] or, for the name 'muon', [Muon, AdamW]. AdamW decays matrices and embeddings,
         not biases and norms. Muon (Jordan et al., 2024) takes the matrices inside the blocks."""
-        # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
-        version = tuple(int(x) for x in torch.__version__.split('.')[:2])
-        least = (2, 0) if self.lm_head.weight.is_cuda else (2, 4)
-        fused = {'fused': True} if version >= least else {}
-
-        def adamw(params):
-            groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-                      {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **fused)
-
-        if name == 'adamw':
-            return [adamw(list(self.parameters()))]
+        if name not in ('adamw', 'muon'):
+            raise UserError(f'optimizer={name}: expected adamw or muon')
+        optimizers = []
+        params = list(self.parameters())
         if name == 'muon':
             if not hasattr(torch.optim, 'Muon'):
                 raise UserError('optimizer=muon: needs torch >= 2.9, and this is torch '
                                 f'{torch.__version__}; type --optimizer=adamw')
-            blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
-            rest = [p for p in self.parameters() if p not in set(blocks)]
-            return [torch.optim.Muon(blocks, lr=muon_learning_rate, momentum=0.95,
-                                     weight_decay=weight_decay), adamw(rest)]
-        raise UserError(f'optimizer={name}: expected adamw or muon')
+            matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+            taken = set(matrices)
+            params = [p for p in params if p not in taken]  # what is left for AdamW
+            optimizers.append(torch.optim.Muon(matrices, lr=muon_learning_rate, momentum=0.95,
+                                               weight_decay=weight_decay))
+        options = {'lr': learning_rate, 'betas': betas}
+        # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
+        least = '2.0' if self.lm_head.weight.is_cuda else '2.4'
+        if torch.__version__ >= least:  # no plain string: '2.13' counts as more than '2.4'
+            options['fused'] = True
+        decayed = [p for p in params if p.dim() >= 2]
+        others = [p for p in params if p.dim() < 2]
+        groups = [{'params': decayed, 'weight_decay': weight_decay},
+                  {'params': others, 'weight_decay': 0.0}]
+        optimizers.append(torch.optim.AdamW(groups, **options))
+        return optimizers
 
     # ----------------------------------------------------------------------- weights in and out
     @torch.no_grad()
@@ -243,20 +230,24 @@ class GPT(nn.Module):
         own = self.state_dict()
         if self.lm_head.weight is self.transformer.wte.weight:
             del own['lm_head.weight']  # one weight under two names
-        sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()
-                 if name in own or not name.endswith((*MASKS, 'lm_head.weight'))}
-        for name in (*own, *sizes):
-            size = sizes.get(name, 'missing')
-            want = tuple(own[name].shape) if name in own else 'no such tensor'
-            if size != want:
-                raise UserError(f'{source}: {name} is {size}: expected {want} for {self.config}')
+        for name, p in own.items():
+            expected = f'expected {tuple(p.shape)} for {self.config}'
+            if name not in tensors:
+                raise UserError(f'{source}: {name} is missing: {expected}')
+            if tensors[name].shape != p.shape:
+                raise UserError(f'{source}: {name} is {tuple(tensors[name].shape)}: {expected}')
+        for name, tensor in tensors.items():
+            if name not in own and not name.endswith((*MASKS, 'lm_head.weight')):
+                raise UserError(f'{source}: {name} is {tuple(tensor.shape)}: '
+                                f'expected no such tensor for {self.config}')
         for name, p in own.items():
             p.copy_(tensors.pop(name))
 
     @classmethod
     def from_checkpoint(cls, ckpt, **changed):
         """The GPT in ckpt, a dict from `load_checkpoint`. changed: e.g. dropout=0.1."""
-        args, fields = {**ckpt['model_args'], **changed}, GPTConfig.__dataclass_fields__
+        args = ckpt['model_args'] | changed
+        fields = GPTConfig.__dataclass_fields__
         if not args.keys() <= fields.keys():
             raise UserError(f'checkpoint: model_args are {", ".join(args)}: '
                             f'expected only {", ".join(fields)}')
@@ -275,18 +266,20 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None):
-        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder; dtype is
-        the file's, vocab_size its number of embeddings, files {name: text} are written, too."""
+        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder: weights
+        in dtype, vocab_size embeddings, and `files`, {name: text}, such as a tokenizer's."""
         from support import huggingface
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
 
     # ------------------------------------------------------------------------------- generation
     def new_cache(self, B):
         """Buffers for the keys and values of block_size positions, for each layer."""
-        c, weight = self.config, self.lm_head.weight
-        # A CPU's attention of one query in bfloat16 takes three times as long.
-        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        c = self.config
+        weight = self.lm_head.weight
+        dtype = weight.dtype
+        if weight.device.type == 'cpu':
+            dtype = torch.float32  # attention of one query in bfloat16 takes three times as long
         shape = (c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
         return torch.empty(shape, dtype=dtype, device=weight.device)
 
@@ -297,16 +290,22 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
         above vocab_size (a padded vocabulary) are never drawn. Within block_size, keys and values
         are kept; past it the window slides, every position changes and all is recomputed."""
-        window, cache, n = idx[:, -self.config.block_size:], self.new_cache(idx.size(0)), 0
+        block_size = self.config.block_size
+        window = idx[:, -block_size:]
+        cache = self.new_cache(idx.size(0))
+        n = 0  # the cache holds the keys and values of window[:, :n]
         for _ in range(max_new_tokens):
             x = self.hidden(window[:, n:], cache, n)[:, -1]
-            token = pick(self.lm_head(x).float()[:, :vocab_size], temperature, top_k, top_p)
+            logits = self.lm_head(x).float()[:, :vocab_size]
+            token = pick(logits, temperature, top_k, top_p)
             yield token
             n = window.size(1)
             window = torch.cat((window, token), 1)
-            if n == self.config.block_size:
-                window, n = window[:, 1:], 0
+            if n == block_size:
+                window = window[:, 1:]
+                n = 0
 
     def generate(self, idx, max_new_tokens, *args, **options):
         """idx (B, T) continued to (B, T + max_new_tokens); the options are those of `stream`."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), 1)
+        tokens = self.stream(idx, max_new_tokens, *args, **options)
+        return torch.cat((idx, *tokens), 1)

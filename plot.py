@@ -14,35 +14,65 @@ out_dir = 'out'  # folder of a run, or of several, separated by commas
 out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
 tensorboard = ''  # folder for TensorBoard's event files, written instead of a picture
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
+
+CURVES = (  # name in the log, label, style
+    ('loss', 'one step', {'alpha': 0.4, 'linewidth': 1}),
+    ('train_loss', 'train', {'linestyle': '--'}),
+    ('val_loss', 'validation', {}),
+)
+
+
+def read_numbers(path):
+    """[(step, name, number)] of all that a run has logged."""
+    numbers = []
+    for entry in read_log(path):
+        step = entry.pop('iter')
+        for name, number in entry.items():
+            if number is not None:
+                numbers.append((step, name, number))
+    return numbers
+
+
+def draw(runs, picture):
+    """The curves of all runs in one picture, a color for each run."""
+    from matplotlib.figure import Figure
+    figure = Figure((7.6, 3.8), layout='constrained')
+    suffix = Path(picture).suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if suffix and suffix not in known:
+        raise UserError(f'--out={picture}: Format {suffix!r} is not supported '
+                        f'(supported formats: {", ".join(sorted(known))})')
+    axes = figure.subplots()
+    axes.set(xlabel='step', ylabel='loss (nats per token)', frame_on=False)
+    for i, (run, numbers) in enumerate(runs.items()):
+        for key, label, style in CURVES:
+            steps = [step for step, name, _ in numbers if name == key]
+            losses = [number for _, name, number in numbers if name == key]
+            if steps:
+                axes.plot(steps, losses, color=f'C{i}', label=f'{run}: {label}', **style)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(picture)
+
+
 with configurator.user_errors():
-    runs = {folder: [] for folder in out_dir.split(',')}  # (step, name, number) of each
-    for run, numbers in runs.items():
-        for entry in read_log(f'{run}/log.jsonl'):
-            numbers += [(entry['iter'], *item) for item in entry.items()
-                        if item[0] != 'iter' and item[1] is not None]
-        if not any('loss' in name for _, name, _ in numbers):
+    folders = out_dir.split(',')
+    runs = {}
+    for run in folders:
+        runs[run] = read_numbers(f'{run}/log.jsonl')
+        if not any('loss' in name for _, name, _ in runs[run]):
             raise UserError(f'{run}/log.jsonl: no loss logged yet')
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        for run, numbers in runs.items():  # purge_step: replaces what older files have
+        for run, numbers in runs.items():
             folder = Path(tensorboard, run.strip('./').replace('/', '-'))
-            with SummaryWriter(folder, purge_step=0) as board:
+            with SummaryWriter(folder, purge_step=0) as board:  # replaces what older files have
                 for step, name, number in numbers:
                     board.add_scalar(name, number, step)
+        print(f'{tensorboard}: the losses of {out_dir}')
     else:
-        from matplotlib.figure import Figure
-        axes = Figure((7.6, 3.8), layout='constrained').subplots(subplot_kw={
-            'xlabel': 'step', 'ylabel': 'loss (nats per token)', 'frame_on': False})
-        for i, run in enumerate(runs):
-            for key, label, style in (('loss', 'one step', {'alpha': 0.4, 'linewidth': 1}),
-                    ('train_loss', 'train', {'linestyle': '--'}), ('val_loss', 'validation', {})):
-                points = [(step, number) for step, name, number in runs[run] if name == key]
-                axes.plot(*zip(*points), color=f'C{i}', label=f'{run}: {label}', **style)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        picture = out or f'{out_dir.split(",")[0]}/loss.svg'
-        try:
-            axes.figure.savefig(picture)
-        except ValueError as error:  # a format that matplotlib does not know
-            raise UserError(f'--out={picture}: {error}') from None
-    print(f'{tensorboard or picture}: the losses of {out_dir}')
+        picture = out
+        if not picture:
+            picture = f'{folders[0]}/loss.svg'
+        draw(runs, picture)
+        print(f'{picture}: the losses of {out_dir}')

@@ -15,10 +15,9 @@ import torch
 import configurator
 from configurator import at_least, between, one_of
 from model import GPT
-from support import tokens
+from support import hardware, tokens
 from support.checkpoint import load_checkpoint
 from support.errors import UserError
-from support.hardware import resolve_device, resolve_dtype
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
@@ -26,60 +25,73 @@ init_from = 'resume'  # resume (out_dir's checkpoint), gpt2[-medium|-large|-xl],
 start = '\n'  # the text to continue, or FILE:path to take it from a file
 num_samples = 1  # texts, one after the other
 max_new_tokens = 500  # tokens in each
-temperature = 0.8  # below 1: likelier, above 1: stranger, 0: always the likeliest token
+temperature = 0.8  # 0: greedy; below 1: more predictable; above 1: more random
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens with this total probability; 1: from all
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # of the weights: auto (bfloat16 where the hardware has it), float32, ...
-limits = {'num_samples': at_least(1), 'max_new_tokens top_k': at_least(0),
-          'temperature': ('0, or 0.0001 or more', lambda value: value == 0 or value >= 1e-4),
-          'top_p': ('more than 0, at most 1', lambda value: 0 < value <= 1),
-          'seed': between(0, 2**63), 'dtype': one_of('auto', 'float32', 'bfloat16', 'float16')}
+limits = [
+    (at_least(0), ['max_new_tokens', 'top_k']),
+    (at_least(1), ['num_samples']),
+    (('0, or 0.0001 or more', lambda value: value == 0 or value >= 1e-4), ['temperature']),
+    (('more than 0, at most 1', lambda value: 0 < value <= 1), ['top_p']),
+    (between(0, 2**63), ['seed']),
+    (one_of('auto', 'float32', 'bfloat16', 'float16'), ['dtype']),
+]
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__,
                                        limits))
 
+
+def prompt_text():
+    """The text to continue; UserError if the file, or the command line, is not UTF-8."""
+    try:
+        if start.startswith('FILE:'):
+            return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        start.encode()  # fails if a byte of the command line could not be decoded
+        return start
+    except UnicodeError as error:
+        raise UserError(f'--start={start!a}: expected UTF-8: {error}') from None
+
+
 with configurator.user_errors():
-    place = resolve_device(device)
-    number_format = resolve_dtype(dtype, place)
+    place, number_format = hardware.resolve(device, dtype)
     if init_from == 'resume':
         ckpt = load_checkpoint(Path(out_dir) / checkpoint)
         model = GPT.from_checkpoint(ckpt)
-        meta = ckpt.get('meta') or tokens.GPT2_META  # nanoGPT's checkpoints have none
+        meta = ckpt.get('meta', tokens.GPT2_META)  # nanoGPT's checkpoints have none
     else:
-        model, meta = GPT.from_pretrained(init_from), tokens.GPT2_META
+        model = GPT.from_pretrained(init_from)
+        meta = tokens.GPT2_META
     if meta['vocab_size'] > model.config.vocab_size:
         raise UserError(f'the model has {model.config.vocab_size} tokens, GPT-2 text needs 50257: '
                         'sample the checkpoint that train.py wrote, which has its tokenizer')
     encoding = tokens.encoding(meta)
-    text = start
-    try:
-        if start.startswith('FILE:'):
-            text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
-        prompt = encoding.encode(text)
-    except UnicodeError as error:  # a file, or bytes of the command line, that are not UTF-8
-        raise UserError(f'--start={start!a}: expected UTF-8: {error}') from None
+    text = prompt_text()
+    prompt = encoding.encode(text)
     if not prompt:
         raise UserError(f'--start={start}: expected at least one character')
 
 model.eval().to(place, getattr(torch, number_format))
 torch.manual_seed(seed)
 idx = torch.tensor([prompt], device=place)
-n_tokens, began = 0, time.perf_counter()
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it: no error
+n_tokens = 0
+began = time.perf_counter()
 with suppress(KeyboardInterrupt):
     for _ in range(num_samples):
         print(text, end='', flush=True)
         held = []  # tokens whose last character is incomplete
         for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p,
                                   meta['vocab_size']):
-            held.append(token.item())
             n_tokens += 1
+            held.append(token.item())
             new = encoding.decode(held)
             if not new.endswith('\ufffd'):
                 print(new, end='', flush=True)
                 held = []
-        print(encoding.decode(held), '---------------', sep='\n')
-print(f'{n_tokens} tokens, {n_tokens / (time.perf_counter() - began):.1f} tokens/s on {place}',
-      file=sys.stderr)
+        print(encoding.decode(held))
+        print('---------------')
+seconds = time.perf_counter() - began
+print(f'{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s on {place}', file=sys.stderr)

@@ -15,13 +15,12 @@ import time
 
 import numpy as np
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 from configurator import at_least, between, more_than, one_of, user_errors
 from model import GPT, GPTConfig
-from support import checkpoint, distributed, hardware, huggingface, tokens
+from support import checkpoint, distributed, hardware, huggingface, rendezvous, tokens
 from support.errors import UserError
 from support.metrics import Log
 
@@ -65,100 +64,134 @@ dtype = 'auto'  # auto (bfloat16 where the hardware has it), float32, bfloat16, 
 compile = 'auto'  # torch.compile: auto (on for CUDA), True, False
 dist_timeout = 600  # seconds after which an unresponsive process counts as lost
 grad_compress = False  # all-reduce gradients as bfloat16: half the bytes on a slow network
-limits = {
-    'max_iters checkpoint_interval warmup_iters lr_decay_iters': at_least(0),
-    'grad_clip min_lr weight_decay muon_learning_rate': at_least(0),
-    'eval_interval eval_iters log_interval dist_timeout': at_least(1),
-    'block_size batch_size gradient_accumulation_steps n_layer n_head n_embd': at_least(1),
-    'learning_rate': more_than(0), 'beta1 beta2 dropout': between(0, 1), 'seed': between(0, 2**63),
-    'lr_schedule': one_of('cosine', 'linear'), 'compile': one_of('auto', True, False),
-    'dtype': one_of('auto', 'float32', 'bfloat16', 'float16'),
-}
+limits = [
+    (at_least(0), ['max_iters', 'checkpoint_interval', 'warmup_iters', 'lr_decay_iters', 'min_lr',
+                   'muon_learning_rate', 'weight_decay', 'grad_clip']),
+    (at_least(1), ['eval_interval', 'eval_iters', 'log_interval', 'block_size', 'batch_size',
+                   'gradient_accumulation_steps', 'n_layer', 'n_head', 'n_embd', 'dist_timeout']),
+    (more_than(0), ['learning_rate']),
+    (between(0, 1), ['dropout', 'beta1', 'beta2']),
+    (between(0, 2**63), ['seed']),
+    (one_of('cosine', 'linear'), ['lr_schedule']),
+    (one_of('auto', 'float32', 'bfloat16', 'float16'), ['dtype']),
+    (one_of('auto', True, False), ['compile']),
+]
 config = configurator.override(configurator.options(globals()), sys.argv[1:], __file__, limits)
 globals().update(config)
+decay_end = lr_decay_iters if lr_decay_iters > 0 else max_iters
+max_norm = grad_clip if grad_clip > 0 else math.inf
 
 # ----------------------------------------------------------------------------- distributed
-# No process has joined yet: each can find a user's mistakes by itself, in seconds.
+# Everything before join() fails within seconds: each process finds a user's mistakes by itself.
 stop = distributed.StopRequest()  # SIGTERM, Ctrl-C
 with user_errors():
     rank, local_rank, world_size = distributed.environment()
-    torch_device = torch.device(hardware.resolve_device(device, local_rank))
-    amp_dtype = hardware.resolve_dtype(dtype, torch_device)
-    decay_end = lr_decay_iters or max_iters
+    torch_device, amp_dtype = hardware.resolve(device, dtype, local_rank)
     if warmup_iters > decay_end > 0:
         raise UserError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
     sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
-ddp, is_main = world_size > 1, rank == 0
+ddp = world_size > 1
+is_main = rank == 0
 
 # ------------------------------------------------------------------------------------ data
 with user_errors():
     data_dir = tokens.folder_of(dataset)
-    meta = tokens.load_meta(data_dir)
-    data = {s: tokens.Tokens(data_dir, s, least=block_size + 1) for s in ('train', 'val')}
+    data = {split: tokens.Tokens(data_dir, split, least=block_size + 1)
+            for split in ('train', 'val')}
+    meta = data['train'].meta
 
 
 def train_rows(iter_num):
     """This process's micro-batches from step iter_num on: rows of block_size + 1 tokens."""
-    share = micro_steps * micro_batch_size
-    edges = range(rank * share, (rank + 1) * share + 1, micro_batch_size)
+    share = sequences // world_size
     while True:
-        yield from data['train'].draw([seed, 0, iter_num], sequences, edges, block_size + 1)
+        # One draw for all processes together, of which each takes its slice: a step has the same
+        # tokens on any number of processes, and after any restart.
+        offsets = data['train'].random_offsets([seed, 0, iter_num], sequences, block_size + 1)
+        own_offsets = offsets[rank * share:(rank + 1) * share]
+        for i in range(0, share, micro_batch_size):
+            yield data['train'].cut(own_offsets[i:i + micro_batch_size], block_size + 1)
         iter_num += 1
 
 
 def eval_rows(split):
     """This process's part of the eval_iters batches of an evaluation, the same every time."""
     key = [seed, ('train', 'val').index(split), 2**32 - 1]  # no step has this number
-    edges = range(0, eval_iters * batch_size + 1, batch_size)
-    return data[split].draw(key, edges[-1], edges, block_size + 1, rank, world_size)
+    offsets = data[split].random_offsets(key, eval_iters * batch_size, block_size + 1)
+    for batch in range(rank, eval_iters, world_size):
+        first = batch * batch_size
+        yield data[split].cut(offsets[first:first + batch_size], block_size + 1)
 
 
 # ----------------------------------------------------------------------------------- model
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-with user_errors():
-    # GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
-    sizes = {**config, 'vocab_size': 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']}
-    shape = GPTConfig(**{k: v for k, v in sizes.items() if k in GPTConfig.__dataclass_fields__})
-    if is_main and (init_from == 'resume' or init_from == 'auto' and checkpoint.exists(ckpt_path)):
+best_path = os.path.join(out_dir, 'best.pt')
+resume_command = configurator.command(init_from='resume')
+# GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
+vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
+shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
+
+
+def find_start(shape):
+    """(name of what the run starts from, the state found there). No state: fresh weights."""
+    saved = checkpoint.exists(ckpt_path)
+    if init_from == 'resume' or (init_from == 'auto' and saved):
         state = checkpoint.load_checkpoint(ckpt_path)
         checkpoint.check_fits(state, shape, meta, optimizer)
-    elif is_main and not eval_only and checkpoint.exists(ckpt_path):
+        return ckpt_path, state
+    if saved and not eval_only:
         raise UserError(f'{ckpt_path} exists and would be overwritten; choose another --out_dir, '
-                        f'or resume with "{configurator.command(init_from="resume")}"')
-    elif is_main and init_from not in ('scratch', 'auto'):
-        state = {**huggingface.load(init_from, block_size), 'meta': tokens.GPT2_META}
-        checkpoint.check_vocabulary(state, meta)
-    else:  # rank 0 decides for all: a shared disk can look different from two nodes
-        state = {}
-    if is_main and not eval_only:
-        os.makedirs(out_dir, exist_ok=True)
-origin = 'scratch' if not state else ckpt_path if 'iter_num' in state else init_from
-finished = state.get('val_loss') is not None and state['iter_num'] >= max_iters and not eval_only
-if finished and ddp and not distributed.UNDER_TORCHRUN:  # restarted: the others have exited
-    sys.exit(print(f'{ckpt_path} has all its {state["iter_num"]} steps: nothing to do'))
+                        f'or resume with "{resume_command}"')
+    if init_from in ('scratch', 'auto'):
+        return 'scratch', {}
+    state = huggingface.load(init_from, block_size)
+    state['meta'] = tokens.GPT2_META
+    checkpoint.check_vocabulary(state, meta)
+    return init_from, state
+
+
 torch.manual_seed(seed)
-if is_main:  # DDP sends its weights to the others
-    shape = GPTConfig(**{**state.get('model_args', vars(shape)), 'dropout': dropout})
-    raw_model = GPT(shape)
-    if 'model' in state:
-        with user_errors():
+with user_errors():
+    shape = GPTConfig(vocab_size=vocab_size, **shape)
+    state = {}
+    if is_main:  # it decides for all: a shared disk can look different from two nodes
+        origin, state = find_start(shape)
+        if not eval_only:
+            os.makedirs(out_dir, exist_ok=True)
+        finished = state.get('iter_num', 0) >= max_iters and state.get('val_loss') is not None
+        if finished and ddp and not (eval_only or distributed.UNDER_TORCHRUN):
+            print(f'{ckpt_path} has all its {state["iter_num"]} steps: nothing to do')
+            sys.exit()  # a restarted worker, whose peers have exited
+        if 'model_args' in state:
+            shape = GPTConfig(**state['model_args'])
+            shape.dropout = dropout
+        raw_model = GPT(shape)
+        if 'model' in state:
             raw_model.load_weights(origin, state.pop('model'))
-    # Joining can take half an hour, in which the mapped file may be replaced: copy the rest, too.
-    state = copy.deepcopy({**state, 'model_args': vars(shape)})
+        # The tensors still point into a mapped file, which may be replaced while we wait.
+        state = copy.deepcopy(state)
+        state['model_args'] = vars(shape)
 with distributed.lost_peers():
-    distributed.join('nccl' if torch_device.type == 'cuda' else 'gloo', dist_timeout)
+    rendezvous.join('nccl' if torch_device.type == 'cuda' else 'gloo', dist_timeout)
     state = distributed.share(state, torch_device)
-    raw_model = (raw_model if is_main else GPT(GPTConfig(**state['model_args']))).to(torch_device)
-    compiled = torch_device.type == 'cuda' if compile == 'auto' else compile
-    # Batches of training and evaluation may differ in rows, and each size is compiled: DDP splits
-    # the model into parts, which cannot be compiled for a dynamic number of rows.
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    if not is_main:
+        raw_model = GPT(GPTConfig(**state['model_args']))
+    raw_model.to(torch_device)
+    distributed.share_weights(raw_model)
+    model = raw_model
+    compiled = compile
+    if compile == 'auto':
+        compiled = torch_device.type == 'cuda'
+    if compiled:
+        # Batches of training and evaluation may differ in rows, and each size is compiled: DDP
+        # splits the model into parts, which cannot be compiled for a dynamic number of rows.
+        model = torch.compile(model, dynamic=False)
     if ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if ddp and grad_compress:  # DDP itself refuses this hook on gloo, where it works
-        model.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-autocast = hardware.autocast(torch_device, amp_dtype)
+        if grad_compress:
+            model.register_comm_hook(None, distributed.compress_hook)
+autocast, scaler = hardware.mixed_precision(torch_device, amp_dtype)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
 best_val_loss = state.get('best_val_loss', math.inf)
 val_loss = state.get('val_loss')  # after iter_num steps; None: not evaluated yet
@@ -169,100 +202,119 @@ with user_errors():
         optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay)
     if 'optimizer' in state:
         checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
-scaler = hardware.grad_scaler(amp_dtype == 'float16')  # else its small gradients underflow
-scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
+if state.get('scaler'):
+    scaler.load_state_dict(state['scaler'])
 
 
-def get_lr(iter_num):
-    """AdamW's learning rate for the step after `iter_num` steps; Muon's is in proportion."""
+def lr_factor(iter_num):
+    """What each optimizer's peak learning rate is multiplied by after `iter_num` steps."""
     if iter_num < warmup_iters:
-        return learning_rate * (iter_num + 1) / (warmup_iters + 1)
+        return (iter_num + 1) / (warmup_iters + 1)
+    final = min_lr / learning_rate
     if iter_num >= decay_end:
-        return min_lr
+        return final
     done = (iter_num - warmup_iters) / (decay_end - warmup_iters)
-    left = 1 - done if lr_schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
-    return min_lr + left * (learning_rate - min_lr)
+    if lr_schedule == 'linear':
+        left = 1 - done
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    return final + left * (1 - final)
 
 
 # ------------------------------------------------------------------------------------ loop
 tokens_per_step = sequences * block_size
+peak_flops = world_size * hardware.peak_flops(torch_device)
 with user_errors():
-    log = Log(config, is_main, iter_num, val_loss, tokens_per_step,
-              world_size * hardware.peak_flops(torch_device) / raw_model.train_flops_per_token())
-log.say(f'{raw_model.num_params():,} parameters from {origin}, {amp_dtype}'
-        f'{", compiled" if compiled else ""}, on {world_size} x {hardware.describe(torch_device)}')
-log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} per '
-        f'process), steps {iter_num:,} to {max_iters:,}: '
-        f'{max_iters * tokens_per_step / len(data["train"]):.3g} epochs of '
-        f'{len(data["train"]):,} tokens in {data_dir}')
+    log = Log(config, is_main=is_main, iter_num=iter_num, val_loss=val_loss,
+              tokens_per_step=tokens_per_step,
+              peak_tok_per_sec=peak_flops / raw_model.train_flops_per_token())
+if is_main:
+    kind = f'{amp_dtype}, compiled' if compiled else amp_dtype
+    epochs = max_iters * tokens_per_step / len(data['train'])
+    log.say(f'{raw_model.num_params():,} parameters from {origin}, {kind}, '
+            f'on {world_size} x {hardware.describe(torch_device)}')
+    log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} '
+            f'per process), steps {iter_num:,} to {max_iters:,}: {epochs:.3g} epochs of '
+            f'{len(data["train"]):,} tokens in {data_dir}')
 
 
 @torch.no_grad()
 def evaluate():
-    """{name: mean loss of a split}, and the exit code if a stop was requested."""
+    """{name: mean loss of a split, and the seconds taken}; the exit code if a stop cut it short."""
     began = time.perf_counter()
+    losses = {'train_loss': torch.zeros(eval_iters, device=torch_device),
+              'val_loss': torch.zeros(eval_iters, device=torch_device)}
     model.eval()
-    losses = {f'{split}_loss': torch.zeros(eval_iters, device=torch_device) for split in data}
-    for split, places in zip(data, losses.values()):
+    for split in ('train', 'val'):
         for i, (X, Y) in enumerate(hardware.batches(eval_rows(split), torch_device)):
             if stop.exit_code:
                 break
             with autocast:
-                places[rank + i * world_size] = model(X, Y)[1]  # exact: other ranks add zeros
+                _, loss = model(X, Y)
+            losses[f'{split}_loss'][rank + i * world_size] = loss
     model.train()
-    numbers, exit_code = distributed.total(losses, stop)
-    return {**numbers, 'eval_s': time.perf_counter() - began}, exit_code
+    # Each batch has its place, which is 0 on all ranks but the one that computed it.
+    sums, exit_code = distributed.sum_over_ranks(losses, stop)
+    numbers = {name: places.mean().item() for name, places in sums.items()}
+    if not math.isfinite(numbers['val_loss']):
+        raise UserError(f'step {iter_num}: val loss {numbers["val_loss"]} (not saved)')
+    numbers['eval_s'] = time.perf_counter() - began
+    return numbers, exit_code
 
 
 def save(best=False):
-    """Write what the run needs to continue as if nothing had happened."""
-    state = [o.state_dict() for o in optimizers]
-    checkpoint.save_checkpoint(ckpt_path, {
-        'model': raw_model.state_dict(), 'optimizer': state if len(state) > 1 else state[0],
+    """Save everything that an exact resume needs."""
+    state = {
+        'model': raw_model.state_dict(), 'optimizer': checkpoint.optimizer_state(optimizers),
         'scaler': scaler.state_dict(), 'model_args': vars(shape), 'meta': meta, 'config': config,
         'iter_num': iter_num, 'val_loss': val_loss, 'best_val_loss': best_val_loss,
-    }, os.path.join(out_dir, 'best.pt') if best else None)
+    }
+    checkpoint.save_checkpoint(ckpt_path, state, best_path if best else None)
     log.say(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
 
 
-if ddp and not eval_only:
-    # DDP fixes the order of its sums in its first backward pass: run one before step 1, so that a
-    # resumed run sums in the same order as an uninterrupted one.
-    rows = torch.zeros(micro_batch_size, block_size + 1, dtype=torch.int64, device=torch_device)
+if eval_only:
+    with user_errors(), distributed.lost_peers(stop):
+        stop.armed = True
+        numbers, exit_code = evaluate()
+    if not exit_code:
+        log.tell(iter_num, numbers)
+    log.close()
+    distributed.finish(exit_code, stop)
+if ddp:
     with distributed.lost_peers(), autocast:
-        model(rows[:, :-1], rows[:, 1:])[1].backward()
-    raw_model.zero_grad(set_to_none=True)
-with user_errors(), distributed.lost_peers(
-        stop, rescue=save if is_main and not eval_only else None):
-    batches, exit_code = hardware.batches(train_rows(iter_num), torch_device), None
+        distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
+with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else None):
+    batches = hardware.batches(train_rows(iter_num), torch_device)
+    exit_code = 0
     stop.armed = True  # from now on a signal waits for the end of the step
     while True:
         # eval
-        last, new, best = iter_num >= max_iters, False, False
-        if eval_only or not exit_code and val_loss is None and (
-                last or iter_num % eval_interval == 0):
+        last = iter_num >= max_iters
+        due = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0 and val_loss is None
+        best = False
+        if val_loss is None and not exit_code and (last or iter_num % eval_interval == 0):
             numbers, exit_code = evaluate()
-            new = not exit_code  # else a stop cut it short
-        if new:
-            val_loss = numbers['val_loss']
-            if not math.isfinite(val_loss):
-                raise UserError(f'step {iter_num}: val loss {val_loss} (not saved)')
-            best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            log.tell(iter_num, numbers)
+            if not exit_code:
+                val_loss = numbers['val_loss']
+                log.tell(iter_num, numbers)
+                best = val_loss < best_val_loss
+                best_val_loss = min(val_loss, best_val_loss)
+                due = True
 
         # checkpoint
-        due = checkpoint_interval and iter_num % checkpoint_interval == 0 and val_loss is None
-        if is_main and not eval_only and (new or exit_code or due):
+        if is_main and (due or exit_code):
             save(best)
-        if eval_only or exit_code or last:
+        if last or exit_code:
             break
 
         # step
-        began, lr = time.perf_counter(), get_lr(iter_num)
-        loss_sum = torch.zeros(1, device=torch_device)
+        began = time.perf_counter()
+        factor = lr_factor(iter_num)
         for o in optimizers:
             for group in o.param_groups:
-                group['lr'] = o.defaults['lr'] * lr / learning_rate
+                group['lr'] = o.defaults['lr'] * factor
+        loss_sum = torch.zeros(1, device=torch_device)
         for micro_step in range(micro_steps):
             X, Y = next(batches)
             noise = np.random.SeedSequence([seed, iter_num, rank, micro_step])  # dropout's
@@ -270,18 +322,20 @@ with user_errors(), distributed.lost_peers(
             # DDP averages the gradients once, after the last micro-step.
             model.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:
-                loss = model(X, Y)[1] / micro_steps
+                _, loss = model(X, Y)
+            loss = loss / micro_steps
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
         for o in optimizers:
             scaler.unscale_(o)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        numbers = {'loss': loss_sum / world_size, 'grad_norm': grad_norm.view(1) / world_size}
-        # All ranks agree here, the only wait for a GPU: either all of them take the step or none.
-        numbers, exit_code = distributed.total(numbers, stop)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
+        # The step's only wait for the device. All ranks get the same numbers and the same request
+        # to stop here, so that all of them take the step or none does.
+        numbers, exit_code = distributed.mean_over_ranks(
+            {'loss': loss_sum, 'grad_norm': grad_norm}, stop)
         finite = math.isfinite(numbers['grad_norm'])
         # float16's scaler expects infinite gradients now and then: it skips the step.
-        if not math.isfinite(numbers['loss']) or not (finite or scaler.is_enabled()):
+        if not (math.isfinite(numbers['loss']) and (finite or scaler.is_enabled())):
             raise UserError(
                 f'step {iter_num + 1}: loss {numbers["loss"]}, grad norm {numbers["grad_norm"]}; '
                 f'resume from {ckpt_path} with a lower --learning_rate or --dtype=float32')
@@ -290,17 +344,18 @@ with user_errors(), distributed.lost_peers(
                 scaler.step(o)
             o.zero_grad(set_to_none=True)
         scaler.update()
-        iter_num, val_loss = iter_num + 1, None
+        iter_num += 1
+        val_loss = None
 
         # log
-        numbers = {**numbers, 'lr': lr, **hardware.peak_memory(torch_device)}
+        numbers['lr'] = learning_rate * factor
+        numbers.update(hardware.peak_memory(torch_device))
         log.step(iter_num, time.perf_counter() - began, numbers)
 
 log.close()
-if exit_code and not eval_only:
-    log.say(f'stopped after step {iter_num} (saved to {ckpt_path}); '
-            f'resume with "{configurator.command(init_from="resume")}"')
-elif not eval_only:
+if exit_code:
+    log.say(f'stopped after step {iter_num} (saved to {ckpt_path}); resume with "{resume_command}"')
+else:
     log.say(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
             f'sample with "python sample.py --out_dir={out_dir}"')
-distributed.finish(exit_code or 0, stop)
+distributed.finish(exit_code, stop)

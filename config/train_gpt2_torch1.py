@@ -2,16 +2,17 @@
 
     kubectl create -f job_torch1.yaml
 
-The attention of torch 1.13 stores its T x T weights, so batch_size is 8 instead of 12.
+For GPUs of 16 GB or more: 6 sequences take 13.4 GB by the formula of docs/sizes.md, since the
+attention of torch 1.13 stores its T x T weights, and nothing is compiled.
 """
 out_dir = 'out-gpt2-torch1'
 init_from = 'auto'
 compile = False
 
-# 8 sequences x 60 x 1024 tokens = 491,520 tokens per step, as in train_gpt2.py
-batch_size = 8
-gradient_accumulation_steps = 60
+# 6 sequences x 80 x 1024 tokens = 491,520 tokens per step, as in train_gpt2.py
+batch_size = 6
+gradient_accumulation_steps = 80
 
 eval_interval = 1000
-eval_iters = 200
+eval_iters = 400  # x 6 sequences = 2,400, as in train_gpt2.py
 log_interval = 10

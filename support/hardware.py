@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from support import compat
 from support.errors import UserError
 
 # Dense bfloat16 peak in FLOP/s, from the makers' data sheets (V100: float16). First match wins.
@@ -26,37 +27,51 @@ def describe(device):
 
 def peak_flops(device):
     """Dense bfloat16 FLOP/s of a CUDA device, 0 if the table lacks it."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0)
+    if torch.device(device).type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAK_FLOPS.items():
+            if part in name:
+                return flops
+    return 0
 
 
 def peak_memory(device):
     """{'peak_gib': the peak memory of tensors on a CUDA device so far}, {} for other devices."""
-    cuda = torch.device(device).type == 'cuda'
-    return {'peak_gib': torch.cuda.max_memory_allocated(device) / 2**30} if cuda else {}
+    if torch.device(device).type != 'cuda':
+        return {}
+    return {'peak_gib': torch.cuda.max_memory_allocated(device) / 2**30}
+
+
+def available(kind):
+    """Whether this machine has a device of the kind 'cuda', 'mps' or 'cpu'."""
+    if kind == 'cuda':
+        return torch.cuda.is_available()
+    if kind == 'mps':
+        return torch.backends.mps.is_available()
+    return True
 
 
 def resolve_device(device, local_rank=0):
     """'auto' or a device's name -> 'cuda:0' (made current, with TF32 allowed), 'mps', 'cpu'."""
-    mps = getattr(torch.backends, 'mps', None)
-    there = {'cuda': torch.cuda.is_available(), 'mps': mps is not None and mps.is_available(),
-             'cpu': True}
-    kind, _, index = str(device).partition(':')  # --device=true is a bool
-    if device == 'auto':
-        kind = next(k for k, ok in there.items() if ok)
-    if kind not in there or not (index == '' or kind == 'cuda' and index.isdigit()):
+    name = str(device)  # --device=true is a bool
+    if name == 'auto':
+        kinds = [kind for kind in ('cuda', 'mps', 'cpu') if available(kind)]
+        name = kinds[0]
+    if not re.fullmatch(r'(cuda|mps|cpu):?|cuda:\d+', name):
         raise UserError(f'--device={device}: expected auto, cpu, cuda, cuda:0 or mps')
-    if not there[kind]:
+    kind, _, index = name.partition(':')
+    if not available(kind):
         raise UserError(f'--device={device}: not available on this machine; type --device=auto')
     if kind != 'cuda':
         return kind
-    index, count = int(index or local_rank), torch.cuda.device_count()
-    if index >= count:
-        raise UserError(f'cuda:{index}: this machine has {count} GPUs: start one process per GPU, '
+    number = int(index) if index else local_rank
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f'cuda:{number}: this machine has {count} GPUs: start one process per GPU, '
                         'and set LOCAL_RANK to 0 if each sees its own GPU only')
-    torch.cuda.set_device(index)
+    torch.cuda.set_device(number)
     torch.set_float32_matmul_precision('high')
-    return f'cuda:{index}'
+    return f'cuda:{number}'
 
 
 def resolve_dtype(dtype, device):
@@ -68,22 +83,29 @@ def resolve_dtype(dtype, device):
     if dtype != 'auto':
         return dtype
     if kind == 'cuda':  # torch's own is_bf16_supported counts emulation, which is slow
-        return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
-    flags = Path('/proc/cpuinfo')
-    has_bf16 = kind == 'cpu' and flags.exists() and re.search(
-        r'\b(avx512_bf16|amx_bf16)\b', flags.read_text(encoding='utf-8'))
-    return 'bfloat16' if has_bf16 else 'float32'
+        major, _ = torch.cuda.get_device_capability(device)
+        return 'bfloat16' if major >= 8 else 'float16'
+    cpuinfo = Path('/proc/cpuinfo')  # of Linux
+    if kind == 'cpu' and cpuinfo.exists():
+        flags = cpuinfo.read_text(encoding='utf-8')
+        if re.search(r'\b(avx512_bf16|amx_bf16)\b', flags):
+            return 'bfloat16'
+    return 'float32'
 
 
-def autocast(device, dtype):
-    """The context of a forward pass, to be entered any number of times."""
-    return (nullcontext() if dtype == 'float32' else
-            torch.autocast(torch.device(device).type, getattr(torch, dtype)))
+def resolve(device, dtype, local_rank=0):
+    """(torch.device, dtype's name) of what --device and --dtype ask for."""
+    torch_device = torch.device(resolve_device(device, local_rank))
+    return torch_device, resolve_dtype(dtype, torch_device)
 
 
-def grad_scaler(enabled):
-    kind = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)  # torch < 2.3: the latter
-    return kind(enabled=enabled)
+def mixed_precision(device, dtype):
+    """(autocast, or nothing for float32; the scaler of the loss, which does nothing but in float16,
+    where small gradients would underflow)."""
+    autocast = nullcontext()
+    if dtype != 'float32':
+        autocast = torch.autocast(device.type, getattr(torch, dtype))
+    return autocast, compat.GradScaler(enabled=dtype == 'float16')
 
 
 def batches(rows, device):
@@ -98,9 +120,10 @@ def batches(rows, device):
         return None if batch is None else torch.from_numpy(batch)
 
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read)
-        while (batch := ahead.result()) is not None:
+        batch = reader.submit(read).result()
+        while batch is not None:
             ahead = reader.submit(read)
             # Only a copy from pinned memory lets the host run ahead of the GPU.
             batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch.to(device)
             yield batch[:, :-1], batch[:, 1:]
+            batch = ahead.result()

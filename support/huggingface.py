@@ -22,12 +22,7 @@ GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_eps
         'add_cross_attention': False, 'tie_word_embeddings': True}
 
 
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f'{path}: {error}: expected a JSON object') from error
-
+# ---------------------------------------------------------------------------- reading
 
 def download(name):
     """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, downloaded if needed."""
@@ -35,51 +30,158 @@ def download(name):
         raise UserError(f'{name}: expected {", ".join(MODELS)} or a folder with a config.json')
     from huggingface_hub import hf_hub_download
     try:
-        paths = [hf_hub_download(f'openai-community/{name}', file)
-                 for file in ('config.json', 'model.safetensors')]
+        config = hf_hub_download(f'openai-community/{name}', 'config.json')
+        hf_hub_download(f'openai-community/{name}', 'model.safetensors')
     except Exception as error:  # the hub and the network raise a dozen types
         raise UserError(f'{name}: could not be downloaded ({type(error).__name__}): set '
                         'HF_ENDPOINT to a mirror, or name a folder with its files') from error
-    return Path(paths[0]).parent
+    return Path(config).parent
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+        raise UserError(f'{path}: {error}: expected a JSON object') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: {type(content).__name__}: expected a JSON object')
+    return content
+
+
+def read_shape(source, path):
+    """The shape, in GPTConfig's names, of the GPT-2 that the config.json at `path` describes."""
+    hf = read_json(path)
+    for key, value in GPT2.items():
+        if hf.get(key, value) != value:
+            raise UserError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
+    shape = {ours: hf.get(theirs) for ours, theirs in SHAPE.items()}
+    for size in shape.values():
+        if not isinstance(size, int) or size <= 0:
+            expected = ', '.join(SHAPE.values())
+            raise UserError(f'{source}: config.json: expected numbers for {expected}')
+    return shape
+
+
+def find_weights(source, folder):
+    """The safetensors files of the folder: a whole one, or the shards that an index lists."""
+    whole = folder / 'model.safetensors'
+    index = folder / 'model.safetensors.index.json'
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        file_of = read_json(index).get('weight_map')  # {name of a tensor: name of its file}
+        if not isinstance(file_of, dict):
+            raise UserError(f'{index}: expected a weight_map: copy the file again')
+        return [folder / name for name in sorted(set(file_of.values()))]
+    if any(folder.glob('pytorch_model*.bin')):
+        raise UserError(f'{source}: pytorch_model.bin is not read, as it can run code: convert it '
+                        'with python -c "from transformers import GPT2LMHeadModel as M; '
+                        f"M.from_pretrained('{source}').save_pretrained('{source}')\"")
+    return [whole]  # opening it says that it is missing
+
+
+def read_tensors(file):
+    """{name: tensor} of a safetensors file, as it has them: mapped, read when they are copied."""
+    from safetensors import SafetensorError, safe_open  # here, since most runs do not need it
+    tensors = {}
+    try:
+        for name in list(safe_open(file, framework='pt').keys()):
+            # Opened again for each tensor, so that each has its own mapping, freed with it.
+            tensors[name] = safe_open(file, framework='pt').get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{file}: {error}: expected a complete safetensors file') from error
+    return tensors
 
 
 def load(source, block_size=None):
     """The weights in `source`, one of MODELS or a folder, in the form of train.py's checkpoints,
     with positions cut to block_size. The tensors are mapped files, read when they are copied.
     UserError, in one line, if it is not a GPT-2 or not complete."""
-    from safetensors import SafetensorError, safe_open  # here, since most runs do not need it
     folder = Path(source)
     if not (folder / 'config.json').exists():
         folder = download(source)
-    hf = read_json(folder / 'config.json')
-    for key, value in GPT2.items():
-        if hf.get(key, value) != value:
-            raise UserError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
-    shape = {ours: hf.get(theirs) for ours, theirs in SHAPE.items()}
-    if not all(isinstance(size, int) and size > 0 for size in shape.values()):
-        raise UserError(f'{source}: config.json: expected numbers for {", ".join(SHAPE.values())}')
+    shape = read_shape(source, folder / 'config.json')
+    if block_size is not None:
+        T = shape['block_size']
+        if block_size > T:
+            raise UserError(f'block_size={block_size}: expected at most {T}, as {source} has')
+        shape['block_size'] = block_size
+    tensors = {}
+    for file in find_weights(source, folder):
+        for name, tensor in read_tensors(file).items():
+            if name.endswith('wpe.weight'):
+                tensor = tensor[:block_size]  # None: all
+            if name.endswith(CONV1D):
+                tensor = tensor.T
+            name = name.removeprefix('transformer.')  # OpenAI's own files do not have it
+            tensors[f'transformer.{name}'] = tensor
+    return {'model': tensors, 'model_args': {**shape, 'bias': True}}
+
+
+# ---------------------------------------------------------------------------- writing
+
+def places(shape):
+    """{name: size} of every tensor in the format; sizes as in model.py, (out, in)."""
+    T, V, C = shape['block_size'], shape['vocab_size'], shape['n_embd']
+    block = {'ln_1': (C,), 'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C),
+             'ln_2': (C,), 'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
+    found = {'transformer.wte.weight': (V, C), 'transformer.wpe.weight': (T, C)}
+    for i in range(shape['n_layer']):
+        for name, size in block.items():
+            found[f'transformer.h.{i}.{name}.weight'] = size
+            found[f'transformer.h.{i}.{name}.bias'] = size[:1]
+    found['transformer.ln_f.weight'] = (C,)
+    found['transformer.ln_f.bias'] = (C,)
+    return found
+
+
+def misfit(name, size, place):
+    return UserError(f'{name} is {size}, but the format has {place}: it fits GPT-2 only')
+
+
+def convert(shape, tensors, dtype):
+    """The tensors as the format has them, on the CPU; dtype None: each in its own."""
+    rest = dict(tensors)
+    out = {}
+    for name, place in places(shape).items():
+        tensor = rest.pop(name, None)
+        if tensor is None and name.endswith('bias') and not shape['bias']:
+            tensor = out[name.replace('bias', 'weight')].new_zeros(place)
+        if tensor is None:
+            raise misfit(name, 'missing', place)
+        if name.endswith('wte.weight'):
+            tensor = tensor[:shape['vocab_size']]
+        if tensor.shape != place:
+            raise misfit(name, tuple(tensor.shape), place)
+        if name.endswith(CONV1D):
+            tensor = tensor.T
+        out[name] = tensor.detach().to('cpu', dtype).contiguous()
+    for name, tensor in rest.items():  # more than GPT-2 has
+        raise misfit(name, tuple(tensor.shape), 'no place for it')
+    return out
+
+
+def configs(shape, dtype):
+    """{name: text} of the JSON files that describe a model of this shape."""
     T = shape['block_size']
-    if (block_size or T) > T:
-        raise UserError(f'block_size={block_size}: expected at most {T}, as {source} has')
-    tensors, files = {}, [folder / 'model.safetensors']
-    index = folder / 'model.safetensors.index.json'
-    if not files[0].exists() and index.exists():
-        files = [folder / name for name in set(read_json(index).get('weight_map', {}).values())]
-    elif not files[0].exists() and any(folder.glob('pytorch_model*.bin')):
-        raise UserError(f'{source}: pytorch_model.bin is not read, as it can run code: convert it '
-                        'with python -c "from transformers import GPT2LMHeadModel as M; '
-                        f"M.from_pretrained('{source}').save_pretrained('{source}')\"")
-    for file in files:
-        try:
-            for key in list(safe_open(file, framework='pt').keys()):
-                # Opened again for each tensor, so that each has its own mapping, freed with it.
-                tensor = safe_open(file, framework='pt').get_tensor(key)
-                tensor = tensor[:block_size] if key.endswith('wpe.weight') else tensor
-                name = f'transformer.{key.removeprefix("transformer.")}'  # OpenAI's have no prefix
-                tensors[name] = tensor.T if key.endswith(CONV1D) else tensor
-        except (OSError, SafetensorError) as error:
-            raise UserError(f'{file}: {error}: expected a complete safetensors file') from error
-    return {'model': tensors, 'model_args': {**shape, 'block_size': block_size or T, 'bias': True}}
+    eot = 50256 if shape['vocab_size'] > 50256 else None  # <|endoftext|>
+    config = {
+        'architectures': ['GPT2LMHeadModel'],
+        **GPT2,
+        'bos_token_id': eot,
+        'eos_token_id': eot,
+        'n_ctx': T,
+        'n_inner': None,
+        **{theirs: shape[ours] for ours, theirs in SHAPE.items()},
+        'torch_dtype': str(dtype).removeprefix('torch.'),
+        'attn_pdrop': shape['dropout'],
+        'embd_pdrop': shape['dropout'],
+        'resid_pdrop': shape['dropout'],
+    }
+    # Without max_length, transformers' pipeline asks for 256 tokens, past a short block_size.
+    generation = {'bos_token_id': eot, 'eos_token_id': eot, 'max_length': T}
+    return {'config.json': json.dumps(config, indent=2),
+            'generation_config.json': json.dumps(generation, indent=2)}
 
 
 def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
@@ -90,39 +192,17 @@ def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
     path = Path(folder).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'{folder} exists and is not empty: expected a new or an empty folder')
-    shape = {**shape, 'vocab_size': vocab_size or shape['vocab_size']}
-    T, V, L, C = (shape[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_embd'))
-    block = {'ln_1': (C,), 'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C),
-             'ln_2': (C,), 'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
-    modules = {f'h.{i}.{name}': size for i in range(L) for name, size in block.items()}
-    places = {'transformer.wte.weight': (V, C), 'transformer.wpe.weight': (T, C)}
-    for name, size in {**modules, 'ln_f': (C,)}.items():
-        places[f'transformer.{name}.weight'] = size
-        places[f'transformer.{name}.bias'] = size[:1]
-    tensors = {name: t[:V] if name.endswith('wte.weight') else t for name, t in tensors.items()}
-    out = {}
-    for name in {**places, **tensors}:
-        place, tensor = places.get(name, 'no place for it'), tensors.get(name)
-        if tensor is None and name.endswith('bias') and not shape['bias']:
-            tensor = tensors[name.replace('bias', 'weight')].new_zeros(place)
-        size = 'missing' if tensor is None else tuple(tensor.shape)
-        if size != place:
-            raise UserError(f'{name} is {size}, but the format has {place}: it fits GPT-2 only')
-        tensor = tensor.T if name.endswith(CONV1D) else tensor
-        out[name] = tensor.detach().to('cpu', dtype or tensor.dtype).contiguous()
-    end = {f'{x}os_token_id': 50256 if V > 50256 else None for x in 'be'}
-    config = {'architectures': ['GPT2LMHeadModel'], **GPT2, **end, 'n_ctx': T, 'n_inner': None,
-              **{theirs: shape[ours] for ours, theirs in SHAPE.items()},
-              'torch_dtype': str(out[name].dtype).removeprefix('torch.'),
-              **{f'{x}_pdrop': shape['dropout'] for x in ('attn', 'embd', 'resid')}}
-    # Without max_length, transformers' pipeline asks for 256 tokens, past a short block_size.
-    files = {**(files or {}), 'config.json': json.dumps(config, indent=2),
-             'generation_config.json': json.dumps({**end, 'max_length': T}, indent=2)}
+    if vocab_size is not None:
+        shape = {**shape, 'vocab_size': vocab_size}
+    tensors = convert(shape, tensors, dtype)
+    texts = configs(shape, tensors['transformer.wte.weight'].dtype)
+    if files is not None:
+        texts = {**files, **texts}
     part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
         part.mkdir(parents=True)
-        safetensors.torch.save_file(out, part / 'model.safetensors', metadata={'format': 'pt'})
-        for name, text in files.items():
+        safetensors.torch.save_file(tensors, part / 'model.safetensors', metadata={'format': 'pt'})
+        for name, text in texts.items():
             (part / name).write_text(text, encoding='utf-8')
         (part / 'model.safetensors').chmod((part / 'config.json').stat().st_mode)  # was 0600
         part.replace(path)

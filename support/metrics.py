@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 # Formats in the log; any number without one, such as a loss, has its name and four decimals.
@@ -16,10 +15,27 @@ SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms
 def read_log(path):
     """The entries of a log.jsonl, but for lines that a kill or a crash of the node damaged."""
     for line in Path(path).read_bytes().splitlines():
-        with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        try:
             entry = json.loads(line)
-            if all(isinstance(number, (int, float, type(None))) for number in entry.values()):
-                yield {**entry, 'iter': int(entry['iter'])}
+        except ValueError:  # neither JSON nor UTF-8
+            continue
+        if is_entry(entry):
+            yield entry
+
+
+def is_entry(value):
+    """Whether a value from JSON is {'iter': step, name: number or None, ...}."""
+    if not isinstance(value, dict) or type(value.get('iter')) is not int:
+        return False
+    return all(isinstance(number, (int, float, type(None))) for number in value.values())
+
+
+def is_kept(entry, iter_num, evaluated):
+    """Whether a run that resumes at step iter_num keeps this entry: those of earlier steps, and of
+    iter_num itself the step's line, but its evaluation only if that is not made again."""
+    if entry['iter'] == iter_num:
+        return evaluated or 'loss' in entry
+    return entry['iter'] < iter_num
 
 
 def open_board(folder):
@@ -39,9 +55,10 @@ def open_bar(iter_num, max_iters):
     except ImportError:
         return None
     # A Notebook's `!python train.py` runs on a terminal of its own, whose redraws fill the cell.
-    watched = sys.stderr.isatty() and 'JPY_PARENT_PID' not in os.environ
+    if not sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ:
+        return None
     layout = 'step {n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left'
-    return tqdm(total=max_iters, initial=iter_num, bar_format=layout) if watched else None
+    return tqdm(total=max_iters, initial=iter_num, bar_format=layout)
 
 
 class Log:
@@ -52,17 +69,23 @@ class Log:
     """
 
     def __init__(self, config, is_main, iter_num, val_loss, tokens_per_step, peak_tok_per_sec):
-        self.config, self.is_main, self.seconds = config, is_main, []
-        self.tokens_per_step, self.peak_tok_per_sec = tokens_per_step, peak_tok_per_sec
+        self.config = config
+        self.is_main = is_main
+        self.tokens_per_step = tokens_per_step
+        self.peak_tok_per_sec = peak_tok_per_sec
+        self.seconds = []  # of the steps since the last line
         self.file = self.board = self.bar = None
         if not is_main or config['eval_only']:
             return
-        out_dir, end = Path(config['out_dir']), (iter_num, val_loss is not None)
-        path, tmp = out_dir / 'log.jsonl', out_dir / 'log.jsonl.tmp'
-        # A step's own line comes before that of its evaluation.
-        kept = [entry for entry in (read_log(path) if path.is_file() else [])
-                if (entry['iter'], 'loss' not in entry) <= end]
-        tmp.write_text(''.join(json.dumps(entry) + '\n' for entry in kept), encoding='utf-8')
+        out_dir = Path(config['out_dir'])
+        path = out_dir / 'log.jsonl'
+        kept = []
+        if path.is_file():
+            evaluated = val_loss is not None
+            kept = [entry for entry in read_log(path) if is_kept(entry, iter_num, evaluated)]
+        lines = [json.dumps(entry) + '\n' for entry in kept]
+        tmp = out_dir / 'log.jsonl.tmp'
+        tmp.write_text(''.join(lines), encoding='utf-8')
         os.replace(tmp, path)
         (out_dir / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
         self.file = open(path, 'a', encoding='utf-8', buffering=1)  # each line at once
@@ -76,36 +99,48 @@ class Log:
         self.seconds.append(seconds)
         if iter_num % self.config['log_interval'] and iter_num != self.config['max_iters']:
             return
-        dt, self.seconds = sum(self.seconds) / len(self.seconds), []
+        dt = sum(self.seconds) / len(self.seconds)
+        self.seconds = []
         tok_per_sec = self.tokens_per_step / dt
-        self.tell(iter_num, {
-            **numbers, 'dt_ms': 1000 * dt, 'tok_per_sec': tok_per_sec,
-            'mfu': tok_per_sec / self.peak_tok_per_sec if self.peak_tok_per_sec else None})
+        mfu = tok_per_sec / self.peak_tok_per_sec if self.peak_tok_per_sec else None
+        speed = {'dt_ms': 1000 * dt, 'tok_per_sec': tok_per_sec, 'mfu': mfu}
+        self.tell(iter_num, numbers | speed)
 
     def tell(self, iter_num, numbers):
         """Write {name: number or None} of a step or an evaluation to all logs, and print it."""
-        entry = {'iter': iter_num, **{name: value if math.isfinite(value or 0) else None
-                                      for name, value in numbers.items()}}
-        shown = [SHOWN.get(name, name.replace('_', ' ') + ' {:.4f}').format(value)
-                 for name, value in numbers.items() if value is not None]
+        entry = {'iter': iter_num}
+        texts = {}
+        for name, value in numbers.items():
+            entry[name] = None
+            if value is not None:
+                default = name.replace('_', ' ') + ' {:.4f}'
+                texts[name] = SHOWN.get(name, default).format(value)
+                if math.isfinite(value):  # JSON has no infinity
+                    entry[name] = value
         if self.bar is None or 'loss' not in numbers:
-            self.say(f'step {iter_num} | {" | ".join(shown)}')
+            self.say(f'step {iter_num} | {" | ".join(texts.values())}')
         else:
             self.bar.update(iter_num - self.bar.n)
-            self.bar.set_description_str(' | '.join(
-                text for text in shown if text.startswith('loss') or text.endswith('tok/s')))
-        if self.file:
+            short = [text for name, text in texts.items() if name in ('loss', 'tok_per_sec')]
+            self.bar.set_description_str(' | '.join(short))
+        if self.file is not None:
             self.file.write(json.dumps(entry) + '\n')
             self.plot(entry)
 
     def say(self, line):
-        if self.is_main:
-            (self.bar.write if self.bar else print)(line)
-            sys.stdout.flush()  # a pod's log is a file: each line at once
+        if not self.is_main:
+            return
+        if self.bar is None:
+            print(line)
+        else:
+            self.bar.write(line)
+        sys.stdout.flush()  # a pod's log is a file: each line at once
 
     def plot(self, entry):
+        if self.board is None:
+            return
         for name, value in entry.items():
-            if self.board and name != 'iter' and value is not None:
+            if name != 'iter' and value is not None:
                 self.board.add_scalar(name, value, entry['iter'])
 
     def close(self):

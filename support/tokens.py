@@ -45,22 +45,29 @@ def folder_of(dataset):
 
 
 def load_meta(folder):
-    """The dict in meta.json, checked (ValueError); without it, as for nanoGPT's files, GPT-2's."""
+    """The dict in meta.json, checked (UserError); without it, as for nanoGPT's files, GPT-2's."""
     path = Path(folder, 'meta.json')
-    if not Path(folder, 'train.bin').is_file() or Path(f'{path}.tmp').exists():  # tmp: interrupted
-        raise UserError(missing(Path(folder, 'train.bin')))
+    train = Path(folder, 'train.bin')
+    interrupted = Path(folder, 'meta.json.tmp').exists()
+    if interrupted or not train.is_file():
+        raise UserError(missing(train))
     if not path.exists():
         return dict(GPT2_META)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        size, tokenizer, counts = meta['vocab_size'], meta['tokenizer'], meta['tokens']
-        if not (type(size) is int and 0 < size <= 65536
-                and type(counts['train']) is type(counts['val']) is int
-                and (tokenizer != 'char'
-                     or type(meta['chars']) is str and len(set(meta['chars'])) == size)):
-            raise UserError(f'tokenizer {tokenizer} does not fit vocab_size {size}')
-    except (ValueError, KeyError, TypeError) as e:
+        size = meta['vocab_size']
+        tokenizer = meta['tokenizer']
+        n_train = meta['tokens']['train']
+        n_val = meta['tokens']['val']
+        chars = meta['chars'] if tokenizer == 'char' else None
+    except (ValueError, KeyError, TypeError) as e:  # not UTF-8, not JSON, or without one of these
         raise UserError(f'{path} is broken ({type(e).__name__}: {e}): run prepare.py again') from e
+    fits = type(size) is type(n_train) is type(n_val) is int and 0 < size <= 65536
+    if tokenizer == 'char':
+        fits = fits and type(chars) is str and len(set(chars)) == size
+    if not fits:
+        raise UserError(f'{path} is broken (tokenizer {tokenizer} does not fit vocab_size {size}): '
+                        'run prepare.py again')
     check_known(tokenizer, f'{path}: ')
     return meta
 
@@ -81,18 +88,20 @@ class Tokens:
     """
 
     def __init__(self, folder, split, least=1):
-        meta = load_meta(folder)
+        self.meta = load_meta(folder)
         self.path = Path(folder, f'{split}.bin')
-        self.vocab_size = meta['vocab_size']
+        self.vocab_size = self.meta['vocab_size']
         if not self.path.is_file():
             raise UserError(missing(self.path))
         self.file = open(self.path, 'rb', buffering=0)
         n_bytes = os.fstat(self.file.fileno()).st_size
-        expected = 2 * meta['tokens'][split] if 'tokens' in meta else n_bytes // 2 * 2
-        if n_bytes != expected or not n_bytes:
-            raise UserError(f'{self.path} has {n_bytes:,} bytes, expected {expected or 2:,}: copy '
-                            f'it again or run python {self.path.parent}/prepare.py')
         self.n_tokens = n_bytes // 2
+        if 'tokens' in self.meta:
+            self.n_tokens = self.meta['tokens'][split]
+        expected = 2 * max(self.n_tokens, 1)
+        if n_bytes != expected:
+            raise UserError(f'{self.path} has {n_bytes:,} bytes, expected {expected:,}: copy it '
+                            f'again or run python {self.path.parent}/prepare.py')
         if self.n_tokens < least:
             raise UserError(f'{self.path} holds {self.n_tokens:,} tokens, fewer than {least:,}: '
                             'choose a smaller block_size')
@@ -100,12 +109,9 @@ class Tokens:
     def __len__(self):
         return self.n_tokens
 
-    def draw(self, seed_key, n, edges, length, first=0, step=1):
-        """Yield batches of n rows at random offsets, which depend on seed_key and n alone: rows
-        edges[i] to edges[i + 1] for i = first, first + step, ..."""
-        offsets = np.random.default_rng(seed_key).integers(len(self) - length + 1, size=n)
-        for i in range(first, len(edges) - 1, step):
-            yield self.cut(offsets[edges[i]:edges[i + 1]], length)
+    def random_offsets(self, key, n, length):
+        """n random places at which `length` tokens start; they depend on the key and n alone."""
+        return np.random.default_rng(key).integers(len(self) - length + 1, size=n)
 
     def cut(self, offsets, length):
         """The rows tokens[offset : offset + length], int64 (len(offsets), length). OSError if the
@@ -150,12 +156,15 @@ class GPT2Encoding:
         self.bpe = gpt2_encoding()
 
     def encode(self, text):
-        return self.bpe.encode(text, allowed_special='all')
+        return encode_gpt2(text, special={EOT})
 
     def decode(self, ids):
         """Never fails: bytes that are not UTF-8 and ids that are not tokens become U+FFFD."""
-        return b''.join(self.bpe.decode_single_token_bytes(int(i)) if i < self.bpe.n_vocab else
-                        b'\xff' for i in ids).decode(errors='replace')
+        pieces = []
+        for i in ids:
+            known = i < self.bpe.n_vocab
+            pieces.append(self.bpe.decode_single_token_bytes(int(i)) if known else b'\xff')
+        return b''.join(pieces).decode(errors='replace')
 
 
 # By the `tokenizer` of meta.json. For one of your own, add a class with these two methods.
@@ -174,6 +183,16 @@ def check_known(tokenizer, where=''):
                         f'{" or ".join(ENCODINGS)}; add it to ENCODINGS in support/tokens.py')
 
 
+def encode_gpt2(text, special=()):
+    """GPT-2's ids of a text, a list. <|endoftext|> in it is text, or the token if it is `special`.
+    UserError if tiktoken refuses the text, as it does a million spaces in a row."""
+    bpe = gpt2_encoding()
+    try:
+        return bpe.encode(text, allowed_special=set(special), disallowed_special=())
+    except ValueError as e:
+        raise UserError(f"GPT-2's tokenizer cannot encode the text: {e}") from None
+
+
 @functools.cache
 def gpt2_encoding():
     """tiktoken's GPT-2 encoding: from data/gpt2, else GPT2_PACKAGE, else tiktoken's download."""
@@ -181,7 +200,8 @@ def gpt2_encoding():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext import openai_public
 
-    folder, source = DATA / 'gpt2', 'data/gpt2'
+    folder = DATA / 'gpt2'
+    source = 'data/gpt2'
     try:
         if not all(has_sha256(folder / name, sha256) for name, sha256 in GPT2_FILES.items()):
             source = GPT2_PACKAGE[0]
@@ -193,7 +213,8 @@ def gpt2_encoding():
         return tiktoken.get_encoding('gpt2')  # now from its cache
     print(f'GPT-2 tokenizer: {source}', file=sys.stderr)
     ranks = data_gym_to_mergeable_bpe_ranks(  # with the hashes: it reads through its own cache
-        *(str(folder / name) for name in GPT2_FILES), *GPT2_FILES.values())
+        str(folder / 'vocab.bpe'), str(folder / 'encoder.json'),
+        GPT2_FILES['vocab.bpe'], GPT2_FILES['encoder.json'])
     return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={EOT: 50256}, explicit_n_vocab=50257)
 
@@ -213,23 +234,30 @@ def fetch(requirement, sha256, members, folder):
                        '--disable-pip-version-check', '--timeout=15', '--retries=1',
                        f'--requirement={tmp}/pin', f'--dest={tmp}/archive', timeout_s=300,
                        task=f'download {requirement} with pip')
-            os.replace(next(Path(tmp, 'archive').iterdir()), path)
-        shutil.unpack_archive(path, f'{tmp}/files', 'zip' if zipfile.is_zipfile(path) else 'gztar')
-        return {member.name: member.replace(Path(folder, member.name)).read_bytes()
-                for member in sorted(Path(tmp, 'files').rglob(members))}
+            archive = next(Path(tmp, 'archive').iterdir())  # the only file there
+            os.replace(archive, path)
+        kind = 'zip' if zipfile.is_zipfile(path) else 'gztar'
+        shutil.unpack_archive(path, f'{tmp}/files', kind)  # sound, since its hash is right
+        contents = {}
+        for member in sorted(Path(tmp, 'files').rglob(members)):
+            contents[member.name] = member.read_bytes()
+            os.replace(member, Path(folder, member.name))
+        return contents
 
 
 def run_python(*arguments, timeout_s, task):
-    """Run Python in a separate process; UserError with its last error line if that fails."""
+    """Run Python in a separate process; UserError with the reason, one line, if that fails."""
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, timeout=timeout_s)
+                              errors='replace', stdin=subprocess.DEVNULL, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         raise UserError(f'cannot {task}: no answer within {timeout_s} s') from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ['no reason given']
-        reason = next((line for line in lines if line.startswith('ERROR:')), lines[-1])
-        raise UserError(f'cannot {task}: {reason}')
+    if done.returncode == 0:
+        return
+    lines = ['no reason given', *done.stderr.strip().splitlines()]
+    errors = [line for line in lines if line.startswith('ERROR:')]  # pip's
+    reason = errors[0] if errors else lines[-1]
+    raise UserError(f'cannot {task}: {reason}')
 
 
 def has_sha256(path, expected):

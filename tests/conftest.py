@@ -233,7 +233,7 @@ def patched_train(folder, patches):
     path.write_text(f"""import os, runpy, sys
 import torch
 import model
-from support import distributed, hardware, metrics, tokens
+from support import compat, distributed, hardware, metrics, rendezvous, tokens
 {textwrap.dedent(patches)}
 sys.argv[0] = {str(ROOT / 'train.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')

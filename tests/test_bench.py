@@ -1,9 +1,13 @@
 """bench.py measures both sides, and says what is wrong with its options."""
 import re
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, run
 from test_sample import run_here
+
+from support import corpus
+from support.errors import UserError
 
 
 def test_a_table_has_both_sides_and_their_ratio(tmp_path, monkeypatch):
@@ -37,3 +41,16 @@ def test_a_mistake_gets_one_line(option, says):
     done = run_here('bench.py', option)
     assert done.code == 1 and done.out == ''
     assert re.fullmatch(rf'bench\.py: {re.escape(says)}.*\n', done.err), done.err
+
+
+def test_a_measurement_ends_in_one_line_by_a_mistake_and_in_a_traceback_by_a_bug(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, 'one_text', Mock(side_effect=UserError('cannot download')))
+    done = run_here('bench.py', '--run=prepare plain')
+    assert (done.code, done.out, done.err) == (1, '', 'bench.py: cannot download\n')
+    monkeypatch.setattr(corpus, 'one_text', Mock(side_effect=ValueError('planted')))
+    with pytest.raises(ValueError, match='planted') as caught:
+        run_here('bench.py', '--run=prepare plain')
+    assert caught.type is ValueError
+    assert list(tmp_path.iterdir()) == []

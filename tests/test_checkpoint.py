@@ -14,8 +14,8 @@ import torch
 from conftest import FORKS
 
 from model import GPT, GPTConfig
-from support import checkpoint
-from support.checkpoint import PlainUnpickler, load_checkpoint, save_checkpoint
+from support import checkpoint, compat
+from support.checkpoint import load_checkpoint, save_checkpoint
 from support.errors import UserError
 from support.tokens import GPT2_META
 
@@ -81,7 +81,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
     assert str(path) in message and 'could run code' in message
     for thing in (bomb, np.float32(1), print):  # the one that torch 1.13 needs
         with pytest.raises(pickle.UnpicklingError, match='GLOBAL'):
-            PlainUnpickler(io.BytesIO(pickle.dumps(thing, 2))).load()
+            compat.PlainUnpickler(io.BytesIO(pickle.dumps(thing, 2))).load()
     assert not (tmp_path / 'boom').exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / 'boom').exists()  # the bomb is one

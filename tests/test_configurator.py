@@ -3,7 +3,8 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, options_in, run
+from conftest import ROOT, run
+from test_sample import run_here
 
 import configurator
 from support.errors import UserError
@@ -12,17 +13,22 @@ DEFAULTS = {'n_layer': 12, 'learning_rate': 6e-4, 'bias': False, 'out_dir': 'out
             'compile': 'auto', 'start': '\n', 'width': 5}
 
 
-def override(*argv, **limits):
+def override(*argv, limits=()):
     return configurator.override(DEFAULTS, argv, 'script.py', limits)
 
 
-def refuse(*argv, **limits):
+def refuse(*argv, limits=()):
     """The one line that ends the script, without the script's name."""
     with pytest.raises(SystemExit) as caught:
-        override(*argv, **limits)
+        override(*argv, limits=limits)
     script, _, line = caught.value.code.partition(': ')  # a string: to stderr, with exit code 1
     assert script == configurator.this_script() and '\n' not in line
     return line
+
+
+def options_shown(help_text):
+    """{name: value, as text} of each option in the output of --help."""
+    return dict(re.findall(r'^  --(\w+)=(\S*)', help_text, re.MULTILINE))
 
 
 @pytest.fixture
@@ -79,11 +85,21 @@ def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
 
 @pytest.mark.parametrize('name', configurator.FOREIGN)
 def test_an_option_known_from_elsewhere_is_refused_with_what_takes_its_place(name):
-    options = {option: default for option, default, _ in options_in('train.py')}
-    advice = configurator.FOREIGN[name]
-    with pytest.raises(SystemExit, match=f'--{name}=1: unknown option {name}; {advice}$'):
-        configurator.override(options, [f'--{name}=1'], 'train.py')
+    _, advice = configurator.FOREIGN[name]
+    line = f'--{name}=1: unknown option {name}; {advice}'
+    assert run('train.py', f'--{name}=1').err == f'train.py: {line}\n'
+    options = options_shown(run('train.py', '--help').out)
     assert set(re.findall(r'\w+_\w+', advice)) <= options.keys()
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'plot.py', 'data/openwebtext/prepare.py'])
+def test_no_script_is_told_to_use_an_option_that_it_lacks(script):
+    options = options_shown(run_here(script, '--help').out)
+    for name, (_, advice) in configurator.FOREIGN.items():
+        line = run_here(script, f'--{name}=1').err
+        assert f'unknown option {name}; ' in line
+        assert advice not in line or set(re.findall(r'\w+_\w+', advice)) <= options.keys()
+    assert 'learning_rate' not in run_here(script, '--lr=3').err
 
 
 @pytest.mark.parametrize(('text', 'says'), [
@@ -105,12 +121,12 @@ def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, says, config
     (configurator.between(0, 2), [0, 1], [-1, 2], '0 or more, and less than 2'),
     (configurator.one_of(5, 7), [5, 7], [6], '5 or 7')])
 def test_the_last_value_of_each_name_is_held_to_its_limit(limit, taken, refused, words, config):
-    limits = {'n_layer width': limit, 'out_dir': configurator.one_of('out')}
+    limits = [(limit, ['n_layer', 'width']), (configurator.one_of('out'), ['out_dir'])]
     for value in taken:
-        override('--n_layer=99', f'--n_layer={value}', f'--width={value}', **limits)
+        override('--n_layer=99', f'--n_layer={value}', f'--width={value}', limits=limits)
     for bad in refused:
         for name, source in ('n_layer', f'--n_layer={bad}'), ('width', config(f'width = {bad}')):
-            line = refuse(f'--n_layer={taken[0]}', f'--width={taken[0]}', source, **limits)
+            line = refuse(f'--n_layer={taken[0]}', f'--width={taken[0]}', source, limits=limits)
             assert line == f'--{name}={bad}: expected {words}'
 
 
@@ -159,15 +175,19 @@ print(seed, name)
         assert (done.code, lines, done.err) == (code, out, err)
 
 
-def test_every_config_is_taken_by_train_py_and_train_gpt2_keeps_gpt2s_settings():
-    options = {name: default for name, default, _ in options_in('train.py')}
-    found = {path.stem: configurator.override(options, [str(path)], 'train.py')
-             for path in (ROOT / 'config').glob('*.py')}
-    assert found and options not in found.values()
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
+def test_every_config_is_taken_by_train_py(path):
+    done = run('train.py', path, '--help')
+    assert done.code == 0, done.err
+
+
+def test_train_gpt2_keeps_gpt2s_settings():
+    found = options_shown(run('train.py', 'config/train_gpt2.py', '--help').out)
     kept = {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024, 'bias': False,
             'dropout': 0.0, 'batch_size': 12, 'gradient_accumulation_steps': 40, 'beta1': 0.9,
             'beta2': 0.95, 'weight_decay': 0.1, 'grad_clip': 1.0, 'optimizer': 'adamw',
             'learning_rate': 6e-4, 'min_lr': 6e-5, 'warmup_iters': 2000, 'lr_schedule': 'cosine',
             'lr_decay_iters': 0, 'max_iters': 600_000, 'eval_interval': 1000, 'eval_iters': 200,
             'init_from': 'auto'}
-    assert found['train_gpt2'] | kept == found['train_gpt2']
+    for name, value in kept.items():
+        assert found[name] == str(value)

@@ -1,14 +1,15 @@
 """distributed.py: who a process is, what all get from rank 0, when to stop, who counts as lost."""
+import os
 import signal
-import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import Script, free_port
+from conftest import FORKS, free_port
+from test_train import differences
 
-from support import distributed
+from support import distributed, rendezvous
 from support.errors import UserError
 
 
@@ -46,34 +47,44 @@ def test_nonsense_in_the_environment_is_named(environ, variables, named):
     assert '\n' not in str(error.value)
 
 
-def test_what_is_shared_keeps_its_kind_and_its_bits(environ):
-    """Alone it travels the same way; that it arrives, the resumed jobs of test_jobs.py show."""
-    environ()
-    plain = {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf')}
-    tensors = [torch.rand(3, 2), torch.tensor(7), torch.ones(3).bfloat16()]
-    got = distributed.share({'plain': plain, 'state': {0: {'all': tensors}}}, 'cpu')
-    assert got['plain'] == plain and distributed.share(None, 'cpu') is None
-    for mine, theirs in zip(got['state'][0]['all'], tensors, strict=True):
-        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+STATE = {
+    'plain': {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf'), '0': 1},
+    'optimizer': {0: {'exp_avg': torch.linspace(0, 1, 6).view(3, 2), 'step': torch.tensor(7)},
+                  'betas': (0.9, 0.95)},
+    'low': [torch.ones(3).bfloat16(), torch.arange(4), torch.zeros(0, 5)],
+}
 
 
-def test_the_first_process_says_whom_it_waits_for(monkeypatch, capsys):
-    store = SimpleNamespace(set=lambda *args: None, get=lambda name: b'- -')
-    half_seconds = iter(range(100))
-    monkeypatch.setattr(distributed, 'time', SimpleNamespace(
-        monotonic=lambda: next(half_seconds) / 2, sleep=lambda s: None))
-    with pytest.raises(StopIteration):
-        distributed.call_the_roll(store, 0, 3)
-    assert capsys.readouterr().out == 'waiting for rank1, rank2 of 3 processes\n'
+def share_one_state(rank, port, path):
+    """What each of two processes gets from rank 0, as text; and its copy of rank 0's weights."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    rendezvous.join('gloo', 60)
+    got = distributed.share(STATE if rank == 0 else {}, torch.device('cpu'))
+    torch.manual_seed(rank)
+    model = torch.nn.Linear(3, 2)
+    distributed.share_weights(model)
+    torch.save([got, model.state_dict()], f'{path}/{rank}.pt')
 
 
-def test_who_waits_in_vain_asks_to_be_started_again(environ):
+def test_all_processes_get_rank_0s_state_and_weights_to_the_bit(tmp_path):
     port = str(free_port())
-    environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    code = "from support import distributed; distributed.join('gloo', 10, arrival_timeout_s=1)"
-    waiting = Script([sys.executable, '-c', code]).wait(30)
-    assert waiting.code == 138
-    assert f'rank 0: the 2 processes did not meet at 127.0.0.1:{port}' in waiting.err
+    processes = [FORKS.Process(target=share_one_state, args=(rank, port, tmp_path))
+                 for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, second = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+    torch.manual_seed(0)
+    expected = [STATE, dict(torch.nn.Linear(3, 2).state_dict())]
+    for state, weights in first, second:
+        assert repr(state) == repr(STATE)  # keys, kinds, order, shapes and dtypes
+        assert differences([state, dict(weights)], expected) == []
+
+
+def test_a_process_alone_keeps_its_state():
+    assert distributed.share(STATE, torch.device('cpu')) is STATE
 
 
 @pytest.mark.parametrize(('text', 'lost'), [

@@ -9,13 +9,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT, Script
 from safetensors.torch import load_file, save_file
 from test_model import one_thread, randomize  # noqa: F401, which is a fixture
 from test_sample import run_here
 from torch.nn import Linear
 
 from model import GPT, GPTConfig
-from support import tokens
+from support import huggingface, tokens
 from support.errors import UserError
 
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -137,9 +138,32 @@ def test_wrong_and_damaged_files_are_named(folder):
         assert str(path) in refused(folder)
     path.unlink()
     assert str(path) in refused(folder)
+    index = folder / 'model.safetensors.index.json'
+    for text in ('', '{"weight_map": ', '{}', '{"weight_map": null}'):
+        index.write_text(text)
+        assert str(index) in refused(folder)
     for text in ('', '{"model_type": ', '[1, 2]', '\xff', '{"some": "thing"}'):
         (folder / 'config.json').write_text(text, encoding='latin1')
         assert 'config.json: ' in refused(folder)
+        done = run_here('sample.py', f'--init_from={folder}')
+        assert done.code == 1 and done.out == ''
+        assert re.fullmatch(r'sample\.py: [^\n]*config\.json: [^\n]*\n', done.err), done.err
+
+
+@pytest.mark.parametrize('step', ['read_shape', 'read_tensors', 'convert', 'configs'])
+def test_a_bug_keeps_its_traceback(step, folder, tmp_path, monkeypatch):
+    gpt, bug = random_gpt(), ValueError('planted')
+
+    def in_and_out():
+        GPT.from_pretrained(folder)
+        gpt.save_pretrained(tmp_path / 'new')
+
+    in_and_out()
+    shutil.rmtree(tmp_path / 'new')
+    monkeypatch.setattr(huggingface, step, Mock(side_effect=bug))
+    with pytest.raises(ValueError, match='planted') as caught:
+        in_and_out()
+    assert caught.value is bug
 
 
 def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(folder):
@@ -172,27 +196,31 @@ def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
     message = refused('gpt2-xl')
     assert 'gpt2-xl: could not be downloaded (TypeError)' in message and 'HF_ENDPOINT' in message
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ModuleNotFoundError):  # which configurator.py turns into one line
+    with pytest.raises(ModuleNotFoundError):  # Python's own words name the package
         GPT.from_pretrained('gpt2-xl')
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
 def test_loading_takes_less_than_one_and_a_half_times_the_weights(tmp_path):
-    random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path)  # 175 MB
+    random_gpt().save_pretrained(tmp_path / 'tiny')
+    random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path / 'large')
+    program = tmp_path / 'program.py'  # a process of its own: nothing was freed there before
+    program.write_text("""import re, sys
+from pathlib import Path
+from model import GPT
 
-    def peak():  # bytes, since the fork: ru_maxrss would count the parent's
-        return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+def memory(which):
+    return int(re.search(rf'{which}:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])
 
-    percent = 0
-    if (child := os.fork()) == 0:
-        try:
-            base = peak()
-            n_params = GPT.from_pretrained(tmp_path).num_params()
-            percent = min(255, 100 * (peak() - base) // (4 * n_params))
-        finally:
-            os._exit(percent)
-    # Memory that the tests have freed counts less.
-    assert 50 < os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 150
+GPT.from_pretrained(sys.argv[1])  # whatever is imported and kept at the first time
+before = memory('VmRSS')
+gpt = GPT.from_pretrained(sys.argv[2])
+print(1024 * (memory('VmHWM') - before) / (4 * gpt.num_params()))
+""")
+    done = Script([sys.executable, program, tmp_path / 'tiny', tmp_path / 'large'],
+                  {'PYTHONPATH': str(ROOT)}).wait()
+    assert done.code == 0, done.err
+    assert 0.9 < float(done.out) < 1.5
 
 
 # ------------------------------------------------------------------------------- weights out

@@ -27,7 +27,7 @@ def machine(monkeypatch):
 
 
 TWO, APPLE, NONE = {'names': ['A100'] * 2, 'mps': True}, {'mps': True}, {}
-UNKNOWN = 'gpu', 'cuda:x', 'cuda:-1', 'cpu:0', 'cuda:0:1', 'CUDA', ':', 'xpu', True, ''
+UNKNOWN = 'gpu', 'cuda:x', 'cuda:-1', 'cuda:²', 'cpu:0', 'cuda:0:1', 'CUDA', ':', 'xpu', True, ''
 
 
 @pytest.mark.parametrize(('has', 'asked', 'local_rank', 'device'), [

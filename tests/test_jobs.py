@@ -218,17 +218,17 @@ def test_workers_lost_at_any_moment_are_made_good(replicas, losses, seed, tmp_pa
     check_same_run(tmp_path, undisturbed(replicas))
 
 
-JOINING = 'call_the_roll', 'TCPStore', 'init_process_group', 'all_reduce'
+JOINING = 'meet', 'TCPStore', 'init_process_group', 'all_reduce'
 
 
 @pytest.mark.parametrize(('function', 'victims', 'size'), [
-    ('call_the_roll', '01', 2),
+    ('meet', '01', 2),
     *long(*product(JOINING[1:], ['01'], [2]), *product(JOINING, ['2'], [4]))])
 def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, tmp_path, data_set):
     """One after the other is killed when that function returns; of four, another at once."""
     (died := tmp_path / 'died').touch()
     job = patched(manifest('job.yaml'), tmp_path, f"""
-        module = distributed if hasattr(distributed, '{function}') else torch.distributed
+        module = rendezvous if hasattr(rendezvous, '{function}') else torch.distributed
         join = module.{function}
 
         def deadly(*args, **options):
@@ -322,8 +322,13 @@ def shrink_and_grow(folder, data_set):
     """A torchrun job loses its second node, gets another and is preempted: its starts."""
     job = patched(manifest('job_torchrun.yaml', '2023-12'), folder, """
         import time
-        total = distributed.total
-        distributed.total = lambda *args: time.sleep(0.2) or total(*args)
+        sum_over_ranks = distributed.sum_over_ranks
+
+        def slowly(*args):
+            time.sleep(0.2)
+            return sum_over_ranks(*args)
+
+        distributed.sum_over_ranks = slowly
         """)
     with job_of(folder, data_set, *ENDLESS, job=job) as job:
         def trains_with(processes):

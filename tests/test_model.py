@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, HeadLoss, attention, next_token_loss, pick
+from model import GPT, GPTConfig, attention, pick
 from support.errors import UserError
 
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -20,6 +20,12 @@ GPT2 = {**vars(GPTConfig()), 'n_layer': 2}
 def one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def plain_attention(monkeypatch):
+    """torch's fused attention has no second derivative, no vmap and no count of its FLOPs."""
+    monkeypatch.delattr(F, 'scaled_dot_product_attention', raising=False)
 
 
 @torch.no_grad()
@@ -61,31 +67,68 @@ def test_logits_loss_and_every_gradient_equal_transformers(shape, bias, tmp_path
     assert len(twin_grads) == (0 if bias else gpt.config.n_layer * 6 + 1)  # only missing biases
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize('n', [1, HeadLoss.rows, 2 * HeadLoss.rows + 3])
-def test_the_loss_without_a_second_copy_of_the_logits_is_the_plain_loss(n, dtype, tolerance):
-    x, weight = torch.randn(n, 48, requires_grad=True), torch.randn(300, 48, requires_grad=True)
-    targets, results = torch.randint(300, (n,)), []
-    for loss_of in (next_token_loss,
-                    lambda *args: F.cross_entropy(F.linear(*args[:2]).float(), args[2])):
-        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = loss_of(x, weight, targets)
-        results.append((loss.detach(), *torch.autograd.grad(loss / 7, (x, weight))))
-    for ours, plain in zip(*results, strict=True):
-        assert (ours - plain).norm() <= tolerance * plain.norm()
+# ------------------------------------------------------------------------------- loss
+
+def loss_per_token(logits, targets):
+    """-log softmax(logits) at the targets, by its definition: (B, T)."""
+    return logits.logsumexp(-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+
+
+def test_targets_of_minus_one_are_left_out_of_the_mean_and_logits_are_not_returned():
+    gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 2, 12))
+    ignored = torch.rand(2, 12) < 0.4
+    logits, loss = gpt(idx, targets.masked_fill(ignored, -1))
+    assert logits is None
+    assert_close(loss, loss_per_token(gpt(idx)[0], targets)[~ignored].mean(), 'loss', 1e-5)
+    assert gpt(idx, torch.full_like(idx, -1))[1].isnan()  # a mean over nothing
+
+
+def test_the_loss_is_computed_in_float32_also_for_weights_in_bfloat16():
+    gpt, (idx, targets) = random_gpt().bfloat16(), torch.randint(61, (2, 2, 12))
+    loss = gpt(idx, targets)[1]
+    assert loss.dtype == torch.float32
+    assert_close(loss, loss_per_token(gpt(idx)[0].float(), targets).mean(), 'loss', 1e-6)
+
+
+def test_gradients_can_be_differentiated_again(plain_attention):
+    """As a gradient penalty needs it."""
+    gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 2, 12))
+    params, results = list(gpt.parameters()), []
+    for loss in gpt(idx, targets)[1], loss_per_token(gpt(idx)[0], targets).mean():
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        results.append((penalty.detach(), *torch.autograd.grad(penalty, params)))
+    for ours, by_definition in zip(*results, strict=True):
+        assert_close(ours, by_definition, 'penalty')
+
+
+@pytest.mark.skipif(not hasattr(torch, 'func'), reason='torch < 2.0 has no torch.func')
+def test_torch_func_gives_the_gradients_of_each_sequence(plain_attention):
+    gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 3, 12))
+
+    def loss_of(params, idx, targets):
+        return torch.func.functional_call(gpt, params, (idx[None], targets[None]))[1]
+
+    each = torch.func.vmap(torch.func.grad(loss_of), (None, 0, 0))(
+        dict(gpt.named_parameters()), idx, targets)
+    gpt(idx, targets)[1].backward()
+    for name, p in gpt.named_parameters():
+        assert_close(each[name].mean(0), p.grad, name)
 
 
 @pytest.mark.skipif(not hasattr(torch, 'compile'), reason='torch < 2.0 has no compiler')
-def test_a_compiled_model_has_the_plain_loss_and_gradients(monkeypatch):
+def test_the_model_compiles_as_one_graph_with_the_same_loss_and_gradients():
     gpt, results = random_gpt(), []
     idx, targets = torch.randint(61, (2, 2, 12))
-    for forward in (gpt, torch.compile(gpt, backend='aot_eager')):  # which needs no C compiler
+    compiled = torch.compile(gpt, backend='aot_eager', fullgraph=True)  # needs no C compiler
+    for forward in gpt, compiled:
         loss = forward(idx, targets)[1]
         results.append((loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))))
-        monkeypatch.setattr(HeadLoss, 'forward', None)  # the compiler must see the plain form
-    for plain, compiled in zip(*results, strict=True):
-        assert_close(compiled, plain, 'compiled', 1e-5)
+    for plain, ours in zip(*results, strict=True):
+        assert_close(ours, plain, 'compiled', 1e-5)
 
+
+# ------------------------------------------------------------------------------- attention, dropout
 
 @pytest.mark.parametrize('T', [1, 2, 7, 256, 257])
 def test_attention_without_torchs_own_and_in_bfloat16_is_near_it(T, monkeypatch):
@@ -109,6 +152,53 @@ def test_attention_without_torchs_own_and_in_bfloat16_is_near_it(T, monkeypatch)
         assert (c - a).norm() <= 1e-5 * a.norm() + 1e-6
 
 
+def share_of_zeros(x):
+    return x.eq(0).float().mean().item()
+
+
+def test_dropout_acts_on_the_embeddings_and_on_both_branches_in_training_alone():
+    gpt = random_gpt(dropout=0.3)
+    block, seen = gpt.transformer.h[1], {}
+    gpt.transformer.h[0].register_forward_pre_hook(lambda _, x: seen.update(embeddings=x[0]))
+    block.attn.register_forward_hook(lambda _, x, y: seen.update(attention=y))
+    block.mlp.register_forward_hook(lambda _, x, y: seen.update(mlp=y))
+    idx = torch.randint(61, (50, 12))
+    for training, expected in (True, 0.3), (False, 0.0):
+        gpt.train(training)(idx)
+        shares = {name: share_of_zeros(y) for name, y in seen.items()}
+        assert shares == pytest.approx(dict.fromkeys(('embeddings', 'attention', 'mlp'), expected),
+                                       abs=0.03)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_dropout_acts_on_the_weights_of_attention_in_training_alone(fused, monkeypatch):
+    if not fused:
+        monkeypatch.delattr(F, 'scaled_dot_product_attention', raising=False)
+    attn = random_gpt(dropout=0.3).transformer.h[0].attn
+    attn.resid_dropout.p = 0.0
+    with torch.no_grad():  # queries and keys are 0, values 1; what is attended to is passed on
+        attn.c_attn.weight.zero_()
+        attn.c_attn.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(24))
+        attn.c_proj.weight.copy_(torch.eye(24))
+        attn.c_proj.bias.zero_()
+    x = torch.randn(2000, 12, 24)
+    y = attn.train()(x)
+    assert share_of_zeros(y[:, 0]) == pytest.approx(0.3, abs=0.03)  # it sees itself alone
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+    assert_close(attn.eval()(x), torch.ones_like(x), 'evaluation')
+
+
+# ------------------------------------------------------------------------------- who sees whom
+
+def test_a_row_of_a_batch_does_not_depend_on_the_others():
+    gpt, idx = random_gpt(), torch.randint(61, (4, 12))
+    changed = idx.roll(1, 1)
+    changed[2] = idx[2]
+    moved = (gpt(changed)[0] - gpt(idx)[0]).abs().amax((1, 2))
+    assert moved[2] == 0 and moved[[0, 1, 3]].min() > 0.1
+    assert_close(gpt(idx[2:3])[0], gpt(idx)[0][2:3], 'alone')
+
+
 def test_a_token_never_sees_the_future():
     gpt, idx = random_gpt(), torch.randint(61, (1, 12)).repeat(12, 1)
     changed = (idx + torch.eye(12, dtype=torch.long)) % 61  # row t at position t
@@ -116,6 +206,8 @@ def test_a_token_never_sees_the_future():
     assert moved.tril(-1).eq(0).all()
     assert moved[torch.ones(12, 12).triu() == 1].min() > 1e-4  # all later ones do see
 
+
+# ------------------------------------------------------------------------------- size, init
 
 @pytest.mark.skipif(torch.__version__ < '2', reason='torch < 2.0 builds no model without memory')
 @pytest.mark.parametrize(('config', 'n_params', 'flops'), [
@@ -130,12 +222,10 @@ def test_parameter_counts_are_those_published_and_flops_follow(config, n_params,
     assert gpt.train_flops_per_token() == flops
 
 
-def test_flops_are_those_that_pytorch_counts(monkeypatch):
+def test_flops_are_those_that_pytorch_counts(plain_attention):
     FlopCounterMode = pytest.importorskip('torch.utils.flop_counter').FlopCounterMode
     gpt = random_gpt(block_size=64, vocab_size=200, n_head=2, n_embd=32)
     idx = torch.randint(200, (2, 64))
-    # The plain attention: the counter does not know the CPU's fused one.
-    monkeypatch.delattr(F, 'scaled_dot_product_attention')
     with FlopCounterMode(display=False) as counter:
         gpt(idx, idx)[1].backward()
     # The formula also counts what norms and biases cost, as 2 multiplications a weight.

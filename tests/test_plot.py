@@ -1,6 +1,7 @@
 """plot.py draws the curves of runs, also of one under way, and makes TensorBoard files of them."""
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 from test_sample import run_here
@@ -61,3 +62,11 @@ def test_a_mistake_is_one_line(log, option, said, runs):
     assert done.code == 1 and done.out == ''
     assert re.fullmatch(r'plot\.py: [^\n]*\n', done.err) and said in done.err, done.err
     assert not list(runs.glob('**/*.svg'))
+
+
+def test_a_bug_keeps_its_traceback(runs, monkeypatch):
+    bug = ValueError('planted')
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', Mock(side_effect=bug))
+    with pytest.raises(ValueError, match='planted') as caught:
+        run_here('plot.py', '--out_dir=out-a')
+    assert caught.value is bug

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import datasets
@@ -105,6 +106,9 @@ def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo, name):
     for content, words in ((b'caf\xe9', 'not UTF-8'), (b'', 'no tokens for'), (b'x', 'no tokens')):
         path.write_bytes(content)
         assert words in fails(repo, name)
+    if name == 'shakespeare':
+        path.write_bytes(REFUSED.encode() * 2)
+        assert 'cannot encode the text' in fails(repo, name)
     path.write_bytes(text.encode())
     prepare(repo, name)
     train, val, meta = read(repo, name)
@@ -181,6 +185,33 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
     assert 'none of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
 
 
+@pytest.mark.parametrize('bug', [TypeError, KeyError, ValueError, AttributeError])
+@pytest.mark.parametrize('place', ['text', 'encode_document', 'count'])
+def test_a_bug_is_no_bad_document_and_keeps_its_traceback(repo, tmp_path, monkeypatch, place, bug):
+    source = tmp_path / 'a.jsonl'
+    write_source(source, some_texts(100))
+    planted = mock.Mock(side_effect=bug)
+    if place == 'encode_document':
+        monkeypatch.setattr(corpus.Tokenizing, place, planted)
+    else:
+        kinds = {'text': (corpus.count_lines, corpus.line_batches, planted),
+                 'count': (planted, corpus.line_batches, corpus.json_text)}
+        monkeypatch.setitem(corpus.KINDS, '.jsonl', kinds[place])
+    with pytest.raises(bug) as error:
+        run_here(repo / 'data/openwebtext/prepare.py', f'--source={source}')
+    assert error.type is bug
+    assert os.listdir(repo / 'data/openwebtext') == ['prepare.py']
+
+
+def test_a_tokenizer_without_what_is_used_here_is_no_bad_document(repo, tmp_path, monkeypatch):
+    source = tmp_path / 'a.txt'
+    write_source(source, ['some', 'texts', 'for it'])
+    older = SimpleNamespace(eot_token=50256)  # tiktoken 0.8 has no encode_to_numpy
+    monkeypatch.setattr(tokens, 'gpt2_encoding', lambda: older)
+    with pytest.raises(AttributeError, match='encode_to_numpy'):
+        run_here(repo / 'data/openwebtext/prepare.py', f'--source={source}')
+
+
 @pytest.mark.parametrize(('name', 'place'), [
     ('openwebtext', 'Skylion007/openwebtext@79d93d7'),
     ('openwebtext-10k', 'stas/openwebtext-10k@refs/convert/parquet/')])
@@ -227,6 +258,19 @@ def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_pat
     with pytest.raises(AssertionError, match='0 documents'):
         prepare(repo, 'openwebtext', f'--source={tmp_path / "empty.txt"}')
     assert read(repo, 'openwebtext') == before
+
+
+@pytest.mark.parametrize('kind', [
+    OSError, KeyError, UnicodeError, pa.ArrowInvalid, pa.ArrowKeyError,
+    pa.ArrowNotImplementedError])
+@pytest.mark.parametrize('when', ['counted', 'read'])
+def test_an_error_of_pyarrows_is_one_line_with_the_files_name(repo, tmp_path, when, kind):
+    source = write_parquet(tmp_path / 'a.parquet', some_texts(10))
+    attribute = {'counted': 'schema_arrow', 'read': 'iter_batches'}[when]
+    with mock.patch.object(pq.ParquetFile, attribute, create=True,
+                           new_callable=mock.PropertyMock, side_effect=kind('two\nlines')):
+        line = fails(repo, 'openwebtext', f'--source={source}')
+    assert str(source) in line and 'lines' in line
 
 
 def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):

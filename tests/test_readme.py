@@ -249,8 +249,11 @@ def test_memory_and_time_follow_the_formulas(size):
     model = empty_model(*SHAPES[size])
     n = model.num_params()
     fixed = f'{18 * n / 1e9:.1f}'
-    each = f'{1024 * (36 * n_layer * n_embd + 4 * 50304) / 1e9:.2f}'
-    row = f'| {size} | {n_layer} × {n_embd} | {n:,} | {fixed} GB | {each} GB |'
+    compiled_gb = 1024 * (36 * n_layer * n_embd + 2 * 50304) / 1e9
+    eager_gb = 1024 * (36 * n_layer * n_embd + 12 * 50304) / 1e9
+    compiled = f'{compiled_gb:.2f}'
+    eager = f'{eager_gb:.2f}'
+    row = f'| {size} | {n_layer} × {n_embd} | {n:,} | {fixed} GB | {compiled} GB | {eager} GB |'
     days = []
     for gpu in ('A100', 'H100'):
         step_s = 480 * 1024 * model.train_flops_per_token() / (8 * PEAK_FLOPS[gpu] * MFU)
@@ -260,7 +263,13 @@ def test_memory_and_time_follow_the_formulas(size):
     assert row in SIZES
     short = re.search(rf'^\| {size} \| .*$', README, re.MULTILINE)[0]
     assert f'| {n / 1e6:.0f}M | `--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd}`' in short
-    assert short.endswith(f'| {fixed} + {each} B GB | {days[0]:.1f}, {days[1]:.1f} days |')
+    assert short.endswith(f'| {fixed} + {compiled} B GB | {days[0]:.1f}, {days[1]:.1f} days |')
+    assert f'add {eager_gb - compiled_gb:.2f} B GB' in README
+    if size == 'gpt2':
+        for B in 4, 12, 60:
+            compiled = f'{18 * n / 1e9 + B * compiled_gb:.1f}'
+            eager = f'{18 * n / 1e9 + B * eager_gb:.1f}'
+            assert re.search(rf'\| {B}\b[^|]*\| {compiled} GB \| {eager} GB \|', SIZES), B
 
 
 @pytest.mark.parametrize('gpu', ['A100', 'H100'])

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,6 +128,25 @@ def test_a_mistake_gets_one_line(option, said, trained, tmp_path):
     done = sample(trained, option.format(folder=tmp_path))
     assert done.code == 1 and done.out == ''
     assert re.fullmatch(r'sample\.py: [^\n]+\n', done.err) and said in done.err, done.err
+
+
+def test_a_prompt_that_is_not_utf8_gets_one_line(trained, tmp_path):
+    path = tmp_path / 'prompt.txt'
+    path.write_text('abc', encoding='utf-16')
+    for start in (f'FILE:{path}', 'abc\udcff'):  # how Python hands on a byte that is not UTF-8
+        done = sample(trained, f'--start={start}')
+        assert done.code == 1 and done.out == ''
+        line = re.fullmatch(r'sample\.py: ([^\n]+)\n', done.err)[1]
+        assert line.startswith(f'--start={start!a}: expected UTF-8: '), line
+
+
+@pytest.mark.parametrize('bug', [ValueError('planted'), TypeError('planted')])
+def test_a_bug_keeps_its_traceback(bug, trained, monkeypatch):
+    """A UserError is a ValueError; a ValueError need not be a user's mistake."""
+    monkeypatch.setattr(tokens.Characters, 'encode', Mock(side_effect=bug))
+    with pytest.raises(type(bug), match='planted') as caught:
+        sample(trained, '--start=abc')
+    assert caught.value is bug
 
 
 @pytest.mark.parametrize('script', ['sample.py', 'export.py', 'plot.py'])

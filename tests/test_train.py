@@ -632,7 +632,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set,
     """float16 on a CPU, for once; the gradient of one of Muon's matrices is infinite in step 4."""
     train = patched_train(tmp_path, """
         import functools, itertools
-        torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=8.0)
+        compat.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=8.0)
         hardware.resolve_dtype = lambda *args: 'float16'
         steps = itertools.count(1)
         GPT = model.GPT

@@ -15,7 +15,7 @@ _FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'
 
 source = ''  # file or folder of .parquet, .jsonl or .txt to read instead of the hub
 workers = 0  # threads that tokenize; 0: one per core
-limits = {'workers': configurator.at_least(0)}
+limits = [(configurator.at_least(0), ['workers'])]
 
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))

@@ -18,7 +18,7 @@ _FILES = ('hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4a
 
 source = ''  # file or folder of .parquet, .jsonl or .txt to read instead of the hub
 workers = 0  # threads that tokenize; 0: one per core
-limits = {'workers': configurator.at_least(0)}
+limits = [(configurator.at_least(0), ['workers'])]
 
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))

@@ -15,5 +15,5 @@ HERE = Path(__file__).resolve().parent
 configurator.override({}, sys.argv[1:], __file__)  # no options but --help
 with configurator.user_errors():
     text, source = corpus.one_text(HERE)
-    encode = tokens.gpt2_encoding().encode_ordinary
-    corpus.write_text(HERE, tokens.GPT2_META | {'source': source}, text, encode)
+    meta = tokens.GPT2_META | {'source': source}
+    corpus.write_text(HERE, meta, text, tokens.encode_gpt2)

@@ -3,8 +3,7 @@ import re
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, run
-from test_sample import run_here
+from conftest import ROOT, run, run_here
 
 from support import corpus
 from support.errors import UserError

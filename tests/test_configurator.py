@@ -3,8 +3,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, run
-from test_sample import run_here
+from conftest import ROOT, run, run_here
 
 import configurator
 from support.errors import UserError

@@ -6,8 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FORKS, free_port
-from test_train import differences
+from conftest import FORKS, differences, free_port
 
 from support import distributed, rendezvous
 from support.errors import UserError

@@ -7,9 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Script, evaluations_of
+from conftest import ROOT, Script, evaluations_of, run_here
 from test_export import META, export, randomize, save_checkpoint
-from test_sample import run_here
 
 from model import GPT, GPTConfig
 from support import tokens

@@ -9,10 +9,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, Script
+from conftest import ROOT, Script, run_here
 from safetensors.torch import load_file, save_file
 from test_model import one_thread, randomize  # noqa: F401, which is a fixture
-from test_sample import run_here
 from torch.nn import Linear
 
 from model import GPT, GPTConfig

@@ -4,7 +4,7 @@ import re
 from unittest.mock import Mock
 
 import pytest
-from test_sample import run_here
+from conftest import run_here
 
 pytest.importorskip('matplotlib')
 ENTRIES = [{'iter': 0, 'train_loss': 3.0, 'val_loss': 3.125},

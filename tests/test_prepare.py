@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run, start
-from test_sample import run_here
+from conftest import ROOT, run, run_here, start
 
 from support import corpus, tokens
 from support.errors import UserError

@@ -1,39 +1,18 @@
 """sample.py on checkpoints that lie in a folder without their data."""
-import contextlib
 import io
 import os
 import re
-import runpy
 import shutil
-import signal
-import sys
 import time
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CHARS, ROOT, check_help
+from conftest import CHARS, check_help, run_here
 
 from model import GPT, GPTConfig
 from support import tokens
 from support.checkpoint import load_checkpoint, save_checkpoint
-
-
-def run_here(script, *options, out=None):
-    """conftest's `run`, in this process: without the seconds that a new one takes to start."""
-    out, err, code = out or io.StringIO(), io.StringIO(), 0
-    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.MonkeyPatch.context() as patch):
-        patch.setattr(sys, 'argv', [script, *map(str, options)])
-        patch.setattr(signal, 'signal', lambda *args: None)  # pytest keeps its own
-        try:
-            runpy.run_path(str(ROOT / script), run_name='__main__')
-        except SystemExit as end:
-            if isinstance(end.code, str):
-                err.write(f'{end.code}\n')
-            code = 1 if isinstance(end.code, str) else end.code or 0
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def sample(out_dir, *options, **more):

@@ -50,7 +50,7 @@ STATE = {
     'plain': {'n': 3, 'x': [0.5, None, True, 'é', {}], 'inf': float('inf'), '0': 1},
     'optimizer': {0: {'exp_avg': torch.linspace(0, 1, 6).view(3, 2), 'step': torch.tensor(7)},
                   'betas': (0.9, 0.95)},
-    'low': [torch.ones(3).bfloat16(), torch.arange(4), torch.zeros(0, 5)],
+    'low': [torch.ones(3).half(), torch.arange(4), torch.zeros(0, 5)],
 }
 
 

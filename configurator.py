@@ -58,6 +58,7 @@ def override(defaults, argv, script, limits=()):
     A mistake ends the program with one line. --help prints the options, as set so far, and exits.
     """
     values = dict(defaults)
+    repair_streams()
     with user_errors():
         for i, arg in enumerate(argv):
             check_readable(arg)
@@ -76,6 +77,22 @@ def override(defaults, argv, script, limits=()):
                 read_config(arg, defaults, values)
         check_limits(values, limits)
     return values
+
+
+def repair_streams():
+    """Make standard input, output and errors usable: files opened later must not take the place of
+    a closed one, and a character that a terminal lacks is replaced."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, this one
+    for name in 'stdout', 'stderr':
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+        elif hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')
 
 
 def check_readable(arg):

@@ -23,7 +23,6 @@ from model import GPT, GPTConfig
 from support import checkpoint, distributed, hardware, huggingface, rendezvous, tokens
 from support.errors import UserError
 from support.metrics import Log
-from support.owner import Owner
 
 # ---------------------------------------------------------------------------------- config
 # the run
@@ -160,8 +159,8 @@ with user_errors():
             os.makedirs(out_dir, exist_ok=True)
         finished = state.get('iter_num', 0) >= max_iters and state.get('val_loss') is not None
         if finished and ddp and not (eval_only or distributed.UNDER_TORCHRUN):
-            print(f'{ckpt_path} has all its {state["iter_num"]} steps: nothing to do')
-            sys.exit()  # a restarted worker, whose peers have exited
+            # A restarted worker, whose peers have exited.
+            distributed.leave(0, f'{ckpt_path} has all its {state["iter_num"]} steps')
         if 'model_args' in state:
             shape = GPTConfig(**state['model_args'])
             shape.dropout = dropout
@@ -224,7 +223,8 @@ tokens_per_step = sequences * block_size
 peak_flops = world_size * hardware.peak_flops(torch_device)
 with user_errors():
     # The folder is this run's from here on, until a later one claims it.
-    owner = Owner(out_dir) if is_main and not eval_only else None
+    claims = is_main and not eval_only
+    owner = checkpoint.claim(out_dir, state.get('iter_num')) if claims else None
     log = Log(config, owner=owner, is_main=is_main, iter_num=iter_num, val_loss=val_loss,
               tokens_per_step=tokens_per_step,
               peak_tok_per_sec=peak_flops / raw_model.train_flops_per_token())

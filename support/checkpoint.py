@@ -4,8 +4,9 @@ import shutil
 from contextlib import suppress
 
 from model import MASKS, GPTConfig
-from support import compat, tokens
+from support import compat, distributed, tokens
 from support.errors import UserError
+from support.owner import Owner
 
 
 def exists(path):
@@ -19,6 +20,20 @@ def exists(path):
 
 # ------------------------------------------------------------------------------------- saving
 
+def claim(folder, iter_num):
+    """The Owner of the folder, this process. iter_num: of the ckpt.pt that it starts from, or None.
+
+    The owner before may have saved once more while this process waited for others. Then this one
+    claims nothing and ends with 138, to be started again and to read the newer state.
+    """
+    path = os.path.join(folder, 'ckpt.pt')
+    newest = load_checkpoint(path).get('iter_num') if exists(path) else None
+    if newest != iter_num:
+        distributed.leave(distributed.PEER_LOST, f'{path} was saved by another run meanwhile, at '
+                          f'step {newest}: start this one again')
+    return Owner(folder)
+
+
 def save_checkpoint(owner, state, best=False):
     """Write `state` (tensors and plain types only) as ckpt.pt of the owner's folder.
 
@@ -26,27 +41,37 @@ def save_checkpoint(owner, state, best=False):
     ever half written. UserError if the folder was taken over, OSError if a file cannot be written;
     existing checkpoints are untouched.
     """
-    path = owner.folder / 'ckpt.pt'
-    tmp = owner.tmp('ckpt.pt')
-    best_tmp = owner.tmp('best.pt')
     owner.look()
     try:
-        owner.folder.mkdir(parents=True, exist_ok=True)  # it may have been moved away
+        try:
+            write_checkpoint(owner, state, best)
+        except FileNotFoundError:  # the folder was moved away meanwhile, or taken over and swept
+            owner.look()
+            write_checkpoint(owner, state, best)
+    except (OSError, RuntimeError) as error:
+        owner.look()
+        reason = error
+        if isinstance(error.__context__, OSError):  # torch.save hides the file's error
+            reason = error.__context__
+        path = owner.folder / 'ckpt.pt'
+        raise OSError(f'{path}: cannot be written: {str(reason).splitlines()[0]}') from error
+
+
+def write_checkpoint(owner, state, best):
+    tmp = owner.tmp('ckpt.pt')
+    best_tmp = owner.tmp('best.pt')
+    try:
+        owner.folder.mkdir(parents=True, exist_ok=True)
         with open(tmp, 'wb') as f:
             compat.save(state, f)
             f.flush()
             os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
-        owner.look()  # writing has taken a while
         if best:
             link_or_copy(tmp, best_tmp)
+        owner.look()  # writing has taken a while
+        if best:
             best_tmp.replace(owner.folder / 'best.pt')
-        tmp.replace(path)  # a pod can be killed mid-save; a rename is all or nothing
-    except (OSError, RuntimeError) as error:
-        owner.look()  # whoever took over sweeps the temporary files of others
-        reason = error
-        if isinstance(error.__context__, OSError):  # torch.save hides the file's error
-            reason = error.__context__
-        raise OSError(f'{path}: cannot be written: {str(reason).splitlines()[0]}') from error
+        tmp.replace(owner.folder / 'ckpt.pt')  # a pod can be killed; a rename is all or nothing
     finally:
         for leftover in tmp, best_tmp:  # they would keep a full disk full
             with suppress(OSError):

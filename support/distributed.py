@@ -27,7 +27,8 @@ from support.errors import UserError
 LOST_PEER = re.compile(
     'closed by peer|reset by peer|broken pipe|connection (was|refused|closed)|connectFullMesh|'
     'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
-    'communicator was aborted|nccl(Remote|System)Error', re.IGNORECASE)
+    'no route to host|(network|host) is (unreachable|down)|communicator was aborted|'
+    'nccl(Remote|System)Error', re.IGNORECASE)
 PEER_LOST = 138  # the exit code that asks the job controller for a restart
 STOPPED = 143, 130, 129  # exit codes after SIGTERM, Ctrl-C, SIGHUP; of several, the first counts
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all processes together
@@ -78,8 +79,9 @@ def leave(code, message=None):
     with suppress(RuntimeError, OSError):  # a signal can interrupt print(), a pipe be closed
         if message:
             print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in sys.stdout, sys.stderr:
+        with suppress(RuntimeError, OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -131,7 +133,7 @@ class StopRequest:
     def end_at_once(self):
         while True:
             [signum] = self.pipe.recv(1)
-            if not self.armed:
+            if not self.armed and 128 + signum in STOPPED:
                 leave(128 + signum)
 
     def note(self, signum, frame):

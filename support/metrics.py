@@ -100,9 +100,6 @@ class Screen:
     terminal, a full disk under a pod's log, a pipe whose reader is gone end no run."""
 
     def __init__(self, iter_num=0, max_iters=0, with_bar=False):
-        for name in 'stdout', 'stderr':
-            if getattr(sys, name) is None:  # it was closed before the start
-                setattr(sys, name, open(os.devnull, 'w'))
         self.bar = open_bar(iter_num, max_iters) if with_bar else None
 
     def print(self, line):
@@ -165,9 +162,9 @@ class Log:
         self.file = open(owner.tmp('log.jsonl'), 'w', encoding='utf-8', buffering=1)
         for entry in kept:
             self.add_line(entry)
-        owner.look()
-        owner.tmp('log.jsonl').replace(path)
-        owner.write('config.json', config)
+        owner.publish('log.jsonl')
+        owner.tmp('config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+        owner.publish('config.json')
         try:
             self.board = Board(owner.folder / 'tb')
         except ModuleNotFoundError:

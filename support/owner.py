@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support.errors import UserError
 
-FILES = 'ckpt.pt', 'best.pt', 'log.jsonl', 'config.json', 'owner.json'  # renamed into place
+FILES = 'ckpt.pt', 'best.pt', 'log.jsonl', 'config.json'  # renamed into place
 
 
 class Owner:
@@ -27,20 +27,29 @@ class Owner:
         self.token = uuid.uuid4().hex[:16]
         claim = {'token': self.token, 'host': socket.gethostname(), 'pid': os.getpid(),
                  'time': time.strftime('%Y-%m-%d %H:%M:%S %z')}
-        self.write('owner.json', claim)
-        self.looked_at = time.monotonic()
+        # Of processes that ended while writing. Listed before the claim: what comes after it may be
+        # a later owner's.
+        leftovers = []
         for name in FILES:
-            for leftover in self.folder.glob(f'{name}.*tmp'):  # of processes killed while writing
-                leftover.unlink(missing_ok=True)
+            leftovers += self.folder.glob(f'{name}.*tmp')
+        self.tmp('owner.json').write_text(json.dumps(claim, indent=2), encoding='utf-8')
+        self.tmp('owner.json').replace(self.folder / 'owner.json')
+        self.looked_at = time.monotonic()
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
 
     def tmp(self, name):
         """Where this process writes what is to be renamed to `name` in the folder."""
         return self.folder / f'{name}.{self.token}.tmp'
 
-    def write(self, name, content):
-        """Make `name` in the folder a JSON file, all at once."""
-        self.tmp(name).write_text(json.dumps(content, indent=2), encoding='utf-8')
-        self.tmp(name).replace(self.folder / name)
+    def publish(self, name):
+        """Rename tmp(name) to `name`; UserError if the folder is no longer ours."""
+        self.look()
+        try:
+            self.tmp(name).replace(self.folder / name)
+        except OSError:
+            self.look()  # whoever took over may have removed it
+            raise
 
     def look(self):
         """UserError if another process has claimed the folder since."""

@@ -102,7 +102,8 @@ def meet_and_connect(backend, rank, world_size, same_run, timeout_s):
                     store = open_store(report)
                 store.set(RUN, json.dumps(must_be_equal))
                 call = call_the_roll(store, world_size, report)
-        except (RuntimeError, OSError):  # rank 0 is not up yet, or an older one still is
+        except (RuntimeError, OSError) as error:  # rank 0 is not up yet, or an older one still is
+            report(f'trying to meet the other processes: {str(error).splitlines()[0]}')
             time.sleep(0.2)
             continue
         try:
@@ -132,9 +133,9 @@ def open_store(report):
     if rank > 0:
         try:
             socket.create_connection((address, port), timeout=STORE_TIMEOUT_S).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             report(f'waiting for rank 0 at {address}:{port}: {reason(error)}')
-            raise
+            raise OSError(reason(error)) from error
     with store_limit():
         return dist.TCPStore('localhost' if rank == 0 else address, port, is_master=rank == 0,
                              wait_for_workers=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
@@ -142,7 +143,7 @@ def open_store(report):
 
 def reason(error):
     """Why a connection failed, in few words."""
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, UnicodeError)):
         return 'the name does not resolve'
     if isinstance(error, TimeoutError):
         return 'no answer'

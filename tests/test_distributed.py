@@ -92,6 +92,7 @@ def test_a_process_alone_keeps_its_state():
     ('[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv', True),
     ('Gloo connectFullMesh failed with [pair.h:311] Connect timeout [none]', True),
     ('Socket Timeout', True),
+    ('[gloo/transport/tcp/socket.cc:142] connect: No route to host', True),
     ('NCCL error: remote process exited or there was a network error', True),
     ('CUDA out of memory. Tried to allocate 2.00 GiB', False),
     ('mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)', False),

@@ -24,33 +24,18 @@ def ip(*words):
     subprocess.run(['ip', *words], check=True, capture_output=True, timeout=30)
 
 
-def can_make_namespaces():
-    if os.name != 'posix' or os.geteuid() != 0 or shutil.which('ip') is None:
-        return False
-    name = f'try-{os.getpid()}'
-    try:
-        ip('netns', 'add', name)
-        ip('netns', 'del', name)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
-
-
-namespaces = pytest.mark.skipif(
-    not can_make_namespaces(), reason='needs root and `ip` to make network namespaces')
-
-
 class Hosts:
     """Hosts 1, 2, ... on one switch; host N has the address 10.77.0.N."""
 
     def __init__(self):
         self.switch = f'nanogpt-{os.getpid()}-switch'
         self.names = {}
-        ip('netns', 'add', self.switch)
-        ip('-n', self.switch, 'link', 'add', 'bridge', 'type', 'bridge')
-        ip('-n', self.switch, 'link', 'set', 'bridge', 'up')
 
     def add(self, number):
+        if not self.names:
+            ip('netns', 'add', self.switch)
+            ip('-n', self.switch, 'link', 'add', 'bridge', 'type', 'bridge')
+            ip('-n', self.switch, 'link', 'set', 'bridge', 'up')
         name = f'nanogpt-{os.getpid()}-{number}'
         port = f'port{number}'
         self.names[number] = name
@@ -92,6 +77,23 @@ class Hosts:
         for name in (*self.names.values(), self.switch):
             with suppress(subprocess.SubprocessError):
                 ip('netns', 'del', name)
+
+
+def can_make_namespaces():
+    if os.geteuid() != 0 or shutil.which('ip') is None:
+        return False
+    hosts = Hosts()
+    try:
+        hosts.add(1)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    finally:
+        hosts.remove()
+    return True
+
+
+namespaces = pytest.mark.skipif(
+    not can_make_namespaces(), reason='needs root and `ip` to make network namespaces')
 
 
 @pytest.fixture

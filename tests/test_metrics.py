@@ -225,7 +225,7 @@ def test_a_terminal_that_is_closed_stops_a_run_like_sigterm_and_nohup_keeps_it(
         words, code, last, data_set, tmp_path):
     """A closed SSH session: the terminal is gone, its processes get SIGHUP."""
     out_dir = tmp_path / 'out'
-    argv = [*words, sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=300',
+    argv = [*words, sys.executable, str(ROOT / 'train.py'), *TINY, f'--max_iters={last or 10**6}',
             f'--dataset={data_set}', f'--out_dir={out_dir}']
     pid, terminal = pty.fork()
     if pid == 0:

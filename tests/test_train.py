@@ -571,7 +571,7 @@ def test_a_finished_run_that_is_started_again_ends_and_changes_nothing(
     before = files_of(out_dir)
     [again] = succeed([start('train.py', *SEVEN, f'--dataset={data_set}', f'--out_dir={out_dir}',
                              env=env)])
-    assert said in again.out
+    assert said in again.out + again.err
     for path, _ in files_of(out_dir).items() ^ before.items():
         assert path.parts[0] in ('tb', 'owner.json')
 

@@ -27,7 +27,12 @@ def claim(folder, iter_num):
     claims nothing and ends with 138, to be started again and to read the newer state.
     """
     path = os.path.join(folder, 'ckpt.pt')
-    newest = load_checkpoint(path).get('iter_num') if exists(path) else None
+    newest = None
+    if exists(path):
+        try:
+            newest = load_checkpoint(path).get('iter_num')
+        except UserError:  # damaged meanwhile: nothing newer than what was read of it
+            newest = iter_num
     if newest != iter_num:
         distributed.leave(distributed.PEER_LOST, f'{path} was saved by another run meanwhile, at '
                           f'step {newest}: start this one again')

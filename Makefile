@@ -27,7 +27,8 @@ test-cuda: $(VENV)/dev
 OLD = 1.13.1 2.1.2
 OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
 OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py \
-	metrics.py hardware.py tokens.py plot.py prepare.py distributed.py)
+	metrics.py hardware.py tokens.py plot.py prepare.py distributed.py rendezvous.py \
+	owner.py)
 
 test-old: $(addprefix test-torch-,$(OLD))
 

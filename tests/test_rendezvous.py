@@ -106,17 +106,17 @@ def test_who_waits_in_vain_asks_to_be_started_again():
 def test_a_fresh_process_meets_one_that_has_failed_to_connect_twice(data_set, tmp_path):
     """torch counts tries in the keys of the store; without a reset they would never meet."""
     script = patched_train(tmp_path, """
-        connect = rendezvous.connect
+        all_reduce = rendezvous.dist.all_reduce
         tries = []
 
         def fail_twice(*args, **options):
-            connect(*args, **options)
+            all_reduce(*args, **options)
             tries.append(1)
             if len(tries) <= 2:
                 print('failed', flush=True)
                 raise RuntimeError('Connection closed by peer')
 
-        rendezvous.connect = fail_twice
+        rendezvous.dist.all_reduce = fail_twice
         """)
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out', '--dist_timeout=10')
     port = str(free_port())

@@ -189,6 +189,9 @@ with user_errors(), distributed.lost_peers():
         if grad_compress:
             model.register_comm_hook(None, distributed.compress_hook)
 autocast, scaler = hardware.mixed_precision(torch_device, amp_dtype)
+if ddp and not eval_only:
+    with distributed.lost_peers(), autocast:
+        distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
 best_val_loss = state.get('best_val_loss', math.inf)
 val_loss = state.get('val_loss')  # after iter_num steps; None: not evaluated yet
@@ -280,9 +283,6 @@ if eval_only:
         log.tell(iter_num, numbers)
     log.close()
     distributed.finish(exit_code, stop)
-if ddp:
-    with distributed.lost_peers(), autocast:
-        distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
 with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else None):
     batches = hardware.batches(train_rows(iter_num), torch_device)
     exit_code = 0

@@ -96,7 +96,7 @@ def leave_in(seconds, code, message=None):
 @contextmanager
 def lost_peers(stop=None, rescue=None):
     """If another process is lost, call rescue(), if given, and exit: with 138, to be restarted, or
-    with the code of a stop that was requested."""
+    with the code of a stop that was requested. On a user's mistake, exit with 1."""
     try:
         yield
     except (RuntimeError, TimeoutError, ConnectionError) as error:  # torch < 2: the last two
@@ -110,6 +110,10 @@ def lost_peers(stop=None, rescue=None):
             code = stop.exit_code
         reason = str(error).splitlines()[0]
         leave(code, f'{configurator.this_script()}: another process was lost: {reason}')
+    except (UserError, OSError) as error:
+        if not dist.is_initialized():
+            raise
+        leave(1, f'{configurator.this_script()}: {error}')  # a process group's threads can abort
 
 
 class StopRequest:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,9 @@ def load_meta(folder):
     if interrupted or not train.is_file():
         raise UserError(missing(train))
     if not path.exists():
+        if Path(folder, 'meta.pkl').exists():
+            raise UserError(f'{folder} holds characters of nanoGPT (its meta.pkl is not read: it '
+                            'can run code): prepare them again with data/shakespeare_char')
         return dict(GPT2_META)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
@@ -87,6 +91,33 @@ def missing(path):
     return f'{path} is missing, and its folder has no prepare.py; available data sets: {names}'
 
 
+def refuse_other_formats(path, head):
+    """UserError if the first bytes of a token file are those of another program's format."""
+    if head.startswith(b'version https://git-lfs'):
+        raise UserError(f'{path} is a pointer of Git LFS, not the file: run git lfs pull')
+    words = np.frombuffer(head[:len(head) // 8 * 8], '<u2').reshape(-1, 4)
+    if head.startswith(b'\x93NUMPY'):
+        kind = 'a .npy file'
+        read = 'np.load(old, "r")'
+    elif head.startswith((20240520).to_bytes(4, 'little')):
+        kind = "a file of llm.c's, with a header"
+        read = 'np.memmap(old, "<u2", "r", 1024)'
+    elif words[:, 0].any() and not words[:, 1:].any():
+        kind = 'int64'
+        read = 'np.memmap(old, "<i8", "r")'
+    elif words.any() and not words[:, 1::2].any():
+        kind = 'uint32'
+        read = 'np.memmap(old, "<u4", "r")'
+    else:
+        return
+    name = json.dumps(str(path), ensure_ascii=False)
+    code = (f'import os, numpy as np; old = {name}; new = old + ".tmp"; ids = {read}; '
+            'assert ids.max() < 65536; np.memmap(new, "<u2", "w+", shape=ids.shape)[:] = ids; '
+            'os.replace(new, old)')
+    raise UserError(f'{path} is {kind}, expected uint16 token ids alone: convert it with '
+                    f'python -c {shlex.quote(code)}')
+
+
 class Tokens:
     """One split of a data set, open for reading; any number of threads may cut from it.
 
@@ -106,6 +137,8 @@ class Tokens:
         if 'tokens' in self.meta:
             self.n_tokens = self.meta['tokens'][split]
         expected = 2 * max(self.n_tokens, 1)
+        if n_bytes != expected or 'tokens' not in self.meta:
+            refuse_other_formats(self.path, os.pread(self.file.fileno(), 2 ** 16, 0))
         if n_bytes != expected:
             raise UserError(f'{self.path} has {n_bytes:,} bytes, expected {expected:,}: copy it '
                             f'again or run python {self.path.parent}/prepare.py')

@@ -2,7 +2,9 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +72,77 @@ def test_a_file_of_another_size_is_refused_with_both_sizes(folder, size):
     if size % 2 or not size:  # half a token, or none
         (folder / 'meta.json').unlink()
         refused('train.bin', tokens.Tokens, folder, 'train')
+
+
+def write_otherwise(path, ids, kind):
+    """The ids as another program's token file."""
+    if kind == '.npy':
+        np.save(path, ids.reshape(-1, 20))
+        path.with_suffix('.bin.npy').rename(path)
+    elif kind == 'llm.c':
+        header = np.zeros(256, '<i4')
+        header[:3] = 20240520, 1, len(ids)
+        path.write_bytes(header.tobytes() + ids.astype('<u2').tobytes())
+    else:
+        ids.astype(kind).tofile(path)
+
+
+@pytest.mark.parametrize(('kind', 'name'), [
+    ('uint32', 'uint32'), ('int32', 'uint32'), ('int64', 'int64'), ('.npy', 'a .npy file'),
+    ('llm.c', "a file of llm.c's")])
+@pytest.mark.parametrize('with_meta', [False, True])
+def test_a_token_file_of_another_program_is_named_and_one_line_converts_it(
+        folder, kind, name, with_meta):
+    folder = shutil.copytree(folder, folder / 'it\'s "data" 中文')
+    path = folder / 'train.bin'
+    ids = np.where(np.arange(10_000) % 7 == 0, 0, TRAIN)  # id 0 is GPT-2's "!"
+    write_otherwise(path, ids, kind)
+    if not with_meta:
+        (folder / 'meta.json').unlink()
+    with pytest.raises(UserError) as error:
+        tokens.Tokens(folder, 'train')
+    message = str(error.value)
+    assert f'train.bin is {name}' in message and len(message.splitlines()) == 1
+    command = shlex.split(message.partition('convert it with ')[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert (tokens.Tokens(folder, 'train').cut([0], 10_000) == ids).all()
+    assert sorted(os.listdir(folder)) == ['meta.json'] * with_meta + ['train.bin', 'val.bin']
+
+
+def test_the_line_that_converts_stops_at_an_id_that_uint16_cannot_hold(folder):
+    (folder / 'meta.json').unlink()
+    path = folder / 'train.bin'
+    np.append(np.tile(TRAIN, 4), 65_536).astype('<u4').tofile(path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match='uint32') as error:
+        tokens.Tokens(folder, 'train')
+    command = shlex.split(str(error.value).partition('convert it with ')[2])
+    assert subprocess.run([sys.executable, *command[1:]], stderr=subprocess.DEVNULL).returncode
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize('ids', [
+    np.zeros(10_000), np.arange(10_000) % 2, [0, 7, 0, 0], np.arange(10_000) % 4 * (TRAIN % 2),
+    [5]])
+def test_zeros_in_a_file_of_uint16_are_ids(folder, ids):
+    """Beside meta.json any; without it, "!" anywhere but in the places of wider integers."""
+    path = folder / 'train.bin'
+    np.asarray(ids, '<u2').tofile(path)
+    (folder / 'meta.json').unlink()
+    assert len(tokens.Tokens(folder, 'train')) == len(ids)
+    meta = tokens.GPT2_META | {'tokens': {'train': 10_000, 'val': 300}}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    np.where(np.arange(10_000) % 2, 0, TRAIN).astype('<u2').tofile(path)
+    assert len(tokens.Tokens(folder, 'train')) == 10_000
+
+
+def test_what_git_lfs_and_nanogpts_pickle_stand_for_is_not_taken_for_gpt2s_tokens(folder):
+    (folder / 'train.bin').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:12')
+    refused('train.bin is a pointer of Git LFS.*git lfs pull', tokens.Tokens, folder, 'train')
+    (folder / 'meta.json').unlink()
+    refused('train.bin is a pointer of Git LFS.*git lfs pull', tokens.Tokens, folder, 'train')
+    (folder / 'meta.pkl').touch()
+    refused('meta.pkl.*data/shakespeare_char', tokens.load_meta, folder)
 
 
 @pytest.mark.parametrize('text', [

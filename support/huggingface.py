@@ -27,7 +27,8 @@ GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_eps
 def download(name):
     """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, downloaded if needed."""
     if name not in MODELS:
-        raise UserError(f'{name}: expected {", ".join(MODELS)} or a folder with a config.json')
+        raise UserError(f'{name}: expected {", ".join(MODELS)}, a folder with a '
+                        'config.json, or a checkpoint FILE.pt')
     from huggingface_hub import hf_hub_download
     try:
         config = hf_hub_download(f'openai-community/{name}', 'config.json')
@@ -98,24 +99,36 @@ def load(source, block_size=None):
     with positions cut to block_size. The tensors are mapped files, read when they are copied.
     UserError, in one line, if it is not a GPT-2 or not complete."""
     folder = Path(source)
+    if (folder / 'ckpt.pt').exists():
+        raise UserError(f"{source} is a run's folder: name a file in it, such as {source}/ckpt.pt, "
+                        f'to train from, or sample it with --out_dir={source}')
     if not (folder / 'config.json').exists():
         folder = download(source)
     shape = read_shape(source, folder / 'config.json')
-    if block_size is not None:
-        T = shape['block_size']
-        if block_size > T:
-            raise UserError(f'block_size={block_size}: expected at most {T}, as {source} has')
-        shape['block_size'] = block_size
     tensors = {}
     for file in find_weights(source, folder):
         for name, tensor in read_tensors(file).items():
-            if name.endswith('wpe.weight'):
-                tensor = tensor[:block_size]  # None: all
             if name.endswith(CONV1D):
                 tensor = tensor.T
             name = name.removeprefix('transformer.')  # OpenAI's own files do not have it
             tensors[f'transformer.{name}'] = tensor
-    return {'model': tensors, 'model_args': {**shape, 'bias': True}}
+    ckpt = {'model': tensors, 'model_args': {**shape, 'bias': True}}
+    cut_positions(ckpt, block_size, source)
+    return ckpt
+
+
+def cut_positions(ckpt, block_size, source):
+    """Keep the first block_size positions of the model in `ckpt`, or all if it is None."""
+    shape = ckpt['model_args']
+    if block_size is None:
+        return
+    if block_size > shape['block_size']:
+        raise UserError(f'block_size={block_size}: expected at most {shape["block_size"]}, as '
+                        f'{source} has')
+    shape['block_size'] = block_size
+    wpe = 'transformer.wpe.weight'
+    if wpe in ckpt['model']:
+        ckpt['model'][wpe] = ckpt['model'][wpe][:block_size]
 
 
 # ---------------------------------------------------------------------------- writing

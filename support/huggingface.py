@@ -16,6 +16,7 @@ MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by Open
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
 SHAPE = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
          'n_head': 'n_head', 'n_embd': 'n_embd'}  # GPTConfig's names, config.json's
+FIELDS = (*SHAPE, 'dropout', 'bias')  # of GPTConfig, for which the format has a place
 # What model.py computes, in the terms of config.json: written by write(), required by load().
 GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
@@ -52,6 +53,8 @@ def read_json(path):
 def read_shape(source, path):
     """The shape, in GPTConfig's names, of the GPT-2 that the config.json at `path` describes."""
     hf = read_json(path)
+    if hf.get('activation_function') == 'gelu_pytorch_tanh':
+        hf['activation_function'] = 'gelu_new'  # another name for it
     for key, value in GPT2.items():
         if hf.get(key, value) != value:
             raise UserError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
@@ -110,8 +113,9 @@ def load(source, block_size=None):
         for name, tensor in read_tensors(file).items():
             if name.endswith(CONV1D):
                 tensor = tensor.T
-            name = name.removeprefix('transformer.')  # OpenAI's own files do not have it
-            tensors[f'transformer.{name}'] = tensor
+            if name != 'lm_head.weight':
+                name = f'transformer.{name.removeprefix("transformer.")}'  # OpenAI's lack it
+            tensors[name] = tensor
     ckpt = {'model': tensors, 'model_args': {**shape, 'bias': True}}
     cut_positions(ckpt, block_size, source)
     return ckpt

@@ -10,7 +10,6 @@ import ast
 import difflib
 import math
 import os
-import runpy
 import shlex
 import sys
 from contextlib import contextmanager, suppress
@@ -51,13 +50,16 @@ def options(namespace):
     return {k: v for k, v in namespace.items() if k[0] != '_' and isinstance(v, (int, float, str))}
 
 
-def override(defaults, argv, script, limits=()):
+def override(defaults, argv, script, limits=(), typed=None):
     """`defaults` after every config file and --key=value of `argv`, in the order given.
 
     limits: [((the expected values, in words; a function that checks a value), names of options)].
+    typed: a set, to which the names of the options in argv are added, whatever their value.
     A mistake ends the program with one line. --help prints the options, as set so far, and exits.
     """
     values = dict(defaults)
+    if typed is None:
+        typed = set()
     repair_streams()
     with user_errors():
         for i, arg in enumerate(argv):
@@ -73,8 +75,9 @@ def override(defaults, argv, script, limits=()):
                         example = argv[i + 1]  # typed as `--key value`
                     raise UserError(f'{arg}: expected --key=value, e.g. --{key}={example}')
                 values[key] = parse(text, defaults[key], arg)
+                typed.add(key)
             else:
-                read_config(arg, defaults, values)
+                read_config(arg, defaults, values, typed)
         check_limits(values, limits)
     return values
 
@@ -148,12 +151,25 @@ def command(**changed):
     return shlex.join(words)
 
 
-def read_config(path, defaults, values):
+class Namespace(dict):
+    """The variables of a config file; assigned: the names that it assigns, whatever the value."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.assigned = set()
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        self.assigned.add(name)
+
+
+def read_config(path, defaults, values, typed):
     """Run the assignments of a config file on top of `values`, whose names it may use."""
     if not Path(path).is_file():
         raise UserError(f'{path}: no such config file; expected config/x.py or --key=value')
+    namespace = Namespace({**values, '__file__': path})
     try:
-        namespace = runpy.run_path(path, values)
+        exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
     except Exception as e:  # a config file may raise anything: report the file and the error
         raise UserError(f'{path}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
@@ -161,6 +177,7 @@ def read_config(path, defaults, values):
             where = f'{path}: {key} = {value!r}'
             check_known(key, defaults, where)
             values[key] = check_type(value, defaults[key], where)
+    typed |= namespace.assigned & defaults.keys()
 
 
 def check_known(key, defaults, where):

@@ -229,7 +229,12 @@ class GPT(nn.Module):
         model's. Each is dropped from the dict once copied, which frees the mapped file's memory."""
         own = self.state_dict()
         if self.lm_head.weight is self.transformer.wte.weight:
-            del own['lm_head.weight']  # one weight under two names
+            del own['lm_head.weight']  # one weight: files have it under either name, or both
+            head = tensors.pop('lm_head.weight', None)
+            if head is not None:
+                wte = tensors.setdefault('transformer.wte.weight', head)
+                if head.dtype != wte.dtype or not torch.equal(head, wte):
+                    raise UserError(f"{source}: lm_head.weight is not wte's: expected them tied")
         for name, p in own.items():
             expected = f'expected {tuple(p.shape)} for {self.config}'
             if name not in tensors:
@@ -237,7 +242,7 @@ class GPT(nn.Module):
             if tensors[name].shape != p.shape:
                 raise UserError(f'{source}: {name} is {tuple(tensors[name].shape)}: {expected}')
         for name, tensor in tensors.items():
-            if name not in own and not name.endswith((*MASKS, 'lm_head.weight')):
+            if name not in own and not name.endswith(MASKS):
                 raise UserError(f'{source}: {name} is {tuple(tensor.shape)}: '
                                 f'expected no such tensor for {self.config}')
         for name, p in own.items():
@@ -269,6 +274,10 @@ class GPT(nn.Module):
         """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder: weights
         in dtype, vocab_size embeddings, and `files`, {name: text}, such as a tokenizer's."""
         from support import huggingface
+        for name, value in vars(self.config).items():
+            if name not in huggingface.FIELDS and value != getattr(GPTConfig, name):
+                raise UserError(f'{name}={value}: the format has no place for it: it fits GPT-2 '
+                                f'only, with {name}={getattr(GPTConfig, name)}')
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
 

@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 from configurator import at_least, between, more_than, one_of, user_errors
 from model import GPT, GPTConfig
-from support import checkpoint, distributed, hardware, huggingface, rendezvous, tokens
+from support import checkpoint, distributed, hardware, rendezvous, tokens
 from support.errors import UserError
 from support.metrics import Log
 
 # ---------------------------------------------------------------------------------- config
 # the run
 out_dir = 'out'  # folder for ckpt.pt, best.pt, log.jsonl, config.json and tb/ (TensorBoard)
-init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], a folder
+init_from = 'scratch'  # scratch, resume, auto (either), FILE.pt, gpt2[-medium|-large|-xl], a folder
 max_iters = 600_000  # optimizer steps in all
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches of batch_size sequences per evaluation and split
@@ -40,7 +40,7 @@ dataset = 'openwebtext'  # folder below data/, or a path
 block_size = 1024  # tokens per sequence
 batch_size = 12  # sequences per micro-step and process, at most; limited by memory
 gradient_accumulation_steps = 40  # global batch = batch_size x this, over all processes
-# the model
+# the model; a run that starts from a checkpoint has its shape, and refuses another if typed
 n_layer = 12  # blocks
 n_head = 12  # attention heads per block
 n_embd = 768  # width of the residual stream
@@ -76,7 +76,9 @@ limits = [
     (one_of('auto', 'float32', 'bfloat16', 'float16'), ['dtype']),
     (one_of('auto', True, False), ['compile']),
 ]
-config = configurator.override(configurator.options(globals()), sys.argv[1:], __file__, limits)
+typed = set()  # names of the options in the command and its config files
+config = configurator.override(configurator.options(globals()), sys.argv[1:], __file__, limits,
+                               typed)
 globals().update(config)
 decay_end = lr_decay_iters if lr_decay_iters > 0 else max_iters
 max_norm = grad_clip if grad_clip > 0 else math.inf
@@ -129,51 +131,46 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 resume_command = configurator.command(init_from='resume')
 # GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
 vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
-sizes = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 
 
-def find_start(shape):
-    """(name of what the run starts from, the state found there). No state: fresh weights."""
+def find_start():
+    """(name of what the run starts from, the state found there). No model in it: fresh weights."""
     saved = checkpoint.exists(ckpt_path)
     if init_from == 'resume' or (init_from == 'auto' and saved):
-        state = checkpoint.load_checkpoint(ckpt_path)
-        checkpoint.check_fits(state, shape, meta, optimizer)
-        return ckpt_path, state
+        return ckpt_path, checkpoint.load_checkpoint(ckpt_path)
     if saved and not eval_only:
         raise UserError(f'{ckpt_path} exists and would be overwritten; choose another --out_dir, '
                         f'or resume with "{resume_command}"')
     if init_from in ('scratch', 'auto'):
-        return 'scratch', {}
-    state = huggingface.load(init_from, block_size) | {'meta': tokens.GPT2_META}
-    checkpoint.check_vocabulary(state, meta)
-    return init_from, state
+        return 'scratch', {'model_args': {'vocab_size': vocab_size}}
+    return init_from, checkpoint.load_pretrained(init_from, block_size)
 
 
 torch.manual_seed(seed)
 with user_errors():
-    shape = GPTConfig(vocab_size=vocab_size, **sizes)
     state = {}
     if is_main:  # it decides for all: a shared disk can look different from two nodes
-        origin, state = find_start(shape)
+        origin, state = find_start()
+        shape, kept = checkpoint.reconcile(state, config, typed, meta)
         if not eval_only:
             os.makedirs(out_dir, exist_ok=True)
         finished = state.get('iter_num', 0) >= max_iters and state.get('val_loss') is not None
         if finished and ddp and not (eval_only or distributed.UNDER_TORCHRUN):
             # A restarted worker, whose peers have exited.
             distributed.leave(0, f'{ckpt_path} has all its {state["iter_num"]} steps')
-        if 'model_args' in state:
-            shape = GPTConfig(**state['model_args'])
-            shape.dropout = dropout
         raw_model = GPT(shape)
         if 'model' in state:
             raw_model.load_weights(origin, state.pop('model'))
         # The tensors still point into a mapped file, which may be replaced while we wait.
         state = copy.deepcopy(state)
-        state['model_args'] = vars(shape)
-same_run = config | {'dtype': amp_dtype, 'data': [str(data['train']), str(data['val'])]}
+        state.update(model_args=vars(shape), kept=kept)
+same_run = config | {'dtype': amp_dtype, 'data': [str(data['train']), str(data['val'])],
+                     'typed': sorted(typed & checkpoint.FOLLOWED)}
 with user_errors(), distributed.lost_peers():
     rendezvous.join('nccl' if torch_device.type == 'cuda' else 'gloo', same_run, dist_timeout)
     state = distributed.share(state, torch_device)
+    config.update(state['kept'])  # what the checkpoint has and was not typed
+    globals().update(config)
     if not is_main:
         raw_model = GPT(GPTConfig(**state['model_args']))
     raw_model.to(torch_device)
@@ -233,7 +230,8 @@ with user_errors():
               peak_tok_per_sec=peak_flops / raw_model.train_flops_per_token())
 if is_main:
     epochs = max_iters * tokens_per_step / len(data['train'])
-    log.say(f'{raw_model.num_params():,} parameters from {origin}, {amp_dtype}'
+    own = ''.join(f' {name}={value}' for name, value in kept.items())
+    log.say(f'{raw_model.num_params():,} parameters from {origin}{own}, {amp_dtype}'
             f'{", compiled" if compiled else ""}, '
             f'on {world_size} x {hardware.describe(torch_device)}')
     log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} '

@@ -4,9 +4,12 @@ import shutil
 from contextlib import suppress
 
 from model import MASKS, GPTConfig
-from support import compat, distributed, tokens
+from support import compat, distributed, huggingface, tokens
 from support.errors import UserError
 from support.owner import Owner
+
+# Options in which a run follows the checkpoint that it starts from, unless they were typed.
+FOLLOWED = {'optimizer', *GPTConfig.__dataclass_fields__} - {'block_size', 'vocab_size', 'dropout'}
 
 
 def exists(path):
@@ -115,25 +118,50 @@ def load_checkpoint(path):
         if not name.endswith(MASKS):
             weights[name.replace('_orig_mod.', '').replace('module.', '')] = tensor
     ckpt['model'] = weights
+    ckpt['model_args'] = vars(GPTConfig()) | ckpt['model_args']  # nanoGPT's first lack bias
     if 'best_val_loss' in ckpt:
         ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor
     return ckpt
 
 
-def check_fits(ckpt, shape, meta, optimizer):
-    """UserError unless a run of this GPTConfig, data set and optimizer can resume from `ckpt`."""
-    saved = vars(GPTConfig()) | ckpt['model_args']  # nanoGPT's first checkpoints lack bias
+def load_pretrained(source, block_size):
+    """What a new run starts from, its positions cut to block_size: the weights in FILE.pt, a
+    checkpoint of train.py or nanoGPT, or those of a GPT-2 on the hub or in a folder."""
+    if not source.endswith('.pt'):
+        return huggingface.load(source, block_size) | {'meta': tokens.GPT2_META}
+    saved = load_checkpoint(source)
+    ckpt = {key: saved[key] for key in ('model', 'model_args', 'meta') if key in saved}
+    huggingface.cut_positions(ckpt, block_size, source)
+    return ckpt
+
+
+def reconcile(ckpt, config, typed, meta):
+    """The GPTConfig of a run with the options `config` that starts from `ckpt`, and {name: value}
+    of the options that it has from there, where they differ and were not typed. UserError if
+    `ckpt` does not fit what was typed, or the tokenizer of the data, `meta`."""
+    saved = dict(ckpt['model_args'])
+    if 'optimizer' in ckpt:  # AdamW's is the only state that nanoGPT's checkpoints can hold
+        saved['optimizer'] = ckpt.get('config', {}).get('optimizer', 'adamw')
+    wanted = vars(GPTConfig()) | config
+    kept = {}
     for name, old in saved.items():
-        value = getattr(shape, name, 'unknown')
-        if value != old and name not in ('dropout', 'vocab_size'):
-            raise UserError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}: '
-                            f'type --{name}={old}, or --out_dir=... for a new run')
-    # AdamW's is the only state that nanoGPT's checkpoints can hold.
-    old = ckpt.get('config', {}).get('optimizer', 'adamw')
-    if 'optimizer' in ckpt and optimizer != old:
-        raise UserError(f'--optimizer={optimizer} contradicts the checkpoint, which has {old}: '
-                        f'type --optimizer={old}, or --out_dir=... for a new run')
+        value = wanted.get(name, 'unknown')
+        if value == old or name in ('dropout', 'vocab_size'):
+            continue
+        if name in FOLLOWED - typed:
+            kept[name] = old
+            continue
+        fix = f'type --{name}={old}'
+        if 'iter_num' in ckpt:
+            fix += ', or --out_dir=... for a new run'
+        raise UserError(f'--{name}={value} contradicts the checkpoint, which has {name}={old}: '
+                        f'{fix}')
     check_vocabulary(ckpt, meta)
+    shape = dict(ckpt['model_args'])
+    for name, value in (config | kept).items():
+        if name in GPTConfig.__dataclass_fields__:
+            shape[name] = value
+    return GPTConfig(**shape), kept
 
 
 def check_vocabulary(ckpt, meta):

@@ -16,6 +16,7 @@ MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by Open
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
 SHAPE = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
          'n_head': 'n_head', 'n_embd': 'n_embd'}  # GPTConfig's names, config.json's
+FIELDS = (*SHAPE, 'dropout', 'bias')  # of GPTConfig, for which the format has a place
 # What model.py computes, in the terms of config.json: written by write(), required by load().
 GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
@@ -27,7 +28,8 @@ GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_eps
 def download(name):
     """The folder of the hub's cache that holds OpenAI's GPT-2 `name`, downloaded if needed."""
     if name not in MODELS:
-        raise UserError(f'{name}: expected {", ".join(MODELS)} or a folder with a config.json')
+        raise UserError(f'{name}: expected {", ".join(MODELS)}, a folder with a '
+                        'config.json, or a checkpoint FILE.pt')
     from huggingface_hub import hf_hub_download
     try:
         config = hf_hub_download(f'openai-community/{name}', 'config.json')
@@ -51,6 +53,8 @@ def read_json(path):
 def read_shape(source, path):
     """The shape, in GPTConfig's names, of the GPT-2 that the config.json at `path` describes."""
     hf = read_json(path)
+    if hf.get('activation_function') == 'gelu_pytorch_tanh':
+        hf['activation_function'] = 'gelu_new'  # another name for it
     for key, value in GPT2.items():
         if hf.get(key, value) != value:
             raise UserError(f'{source}: config.json has {key}={hf[key]!r}: expected {value!r}')
@@ -98,24 +102,37 @@ def load(source, block_size=None):
     with positions cut to block_size. The tensors are mapped files, read when they are copied.
     UserError, in one line, if it is not a GPT-2 or not complete."""
     folder = Path(source)
+    if (folder / 'ckpt.pt').exists():
+        raise UserError(f"{source} is a run's folder: name a file in it, such as {source}/ckpt.pt, "
+                        f'to train from, or sample it with --out_dir={source}')
     if not (folder / 'config.json').exists():
         folder = download(source)
     shape = read_shape(source, folder / 'config.json')
-    if block_size is not None:
-        T = shape['block_size']
-        if block_size > T:
-            raise UserError(f'block_size={block_size}: expected at most {T}, as {source} has')
-        shape['block_size'] = block_size
     tensors = {}
     for file in find_weights(source, folder):
         for name, tensor in read_tensors(file).items():
-            if name.endswith('wpe.weight'):
-                tensor = tensor[:block_size]  # None: all
             if name.endswith(CONV1D):
                 tensor = tensor.T
-            name = name.removeprefix('transformer.')  # OpenAI's own files do not have it
-            tensors[f'transformer.{name}'] = tensor
-    return {'model': tensors, 'model_args': {**shape, 'bias': True}}
+            if name != 'lm_head.weight':
+                name = f'transformer.{name.removeprefix("transformer.")}'  # OpenAI's lack it
+            tensors[name] = tensor
+    ckpt = {'model': tensors, 'model_args': {**shape, 'bias': True}}
+    cut_positions(ckpt, block_size, source)
+    return ckpt
+
+
+def cut_positions(ckpt, block_size, source):
+    """Keep the first block_size positions of the model in `ckpt`, or all if it is None."""
+    shape = ckpt['model_args']
+    if block_size is None:
+        return
+    if block_size > shape['block_size']:
+        raise UserError(f'block_size={block_size}: expected at most {shape["block_size"]}, as '
+                        f'{source} has')
+    shape['block_size'] = block_size
+    wpe = 'transformer.wpe.weight'
+    if wpe in ckpt['model']:
+        ckpt['model'][wpe] = ckpt['model'][wpe][:block_size]
 
 
 # ---------------------------------------------------------------------------- writing

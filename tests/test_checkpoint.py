@@ -111,6 +111,10 @@ CHARS = {'tokenizer': 'char', 'chars': 'abc', 'vocab_size': 3}
 
 
 SHAPE = GPTConfig(**TINY)
+# The options of train.py that count here, with other defaults than SHAPE has but for block_size.
+OPTIONS = {'block_size': 12, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'bias': False,
+           'dropout': 0.0, 'optimizer': 'adamw', 'max_iters': 9}
+OF_THE_CKPT = {'n_layer': 3, 'n_head': 3, 'n_embd': 24, 'bias': True, 'optimizer': 'lion'}
 
 
 def saved_by(shape, meta=CHARS):
@@ -119,37 +123,82 @@ def saved_by(shape, meta=CHARS):
             'config': {'optimizer': 'lion'}, 'iter_num': 3}
 
 
-def test_a_run_fits_its_checkpoint_also_with_another_dropout_or_source():
-    checkpoint.check_fits(saved_by(SHAPE), SHAPE, CHARS, 'lion')
-    checkpoint.check_fits(saved_by(SHAPE), GPTConfig(**TINY, dropout=0.2), CHARS, 'lion')
+def reconcile(ckpt, meta=CHARS, **typed):
+    return checkpoint.reconcile(ckpt, OPTIONS | typed, set(typed), meta)
+
+
+def test_what_is_not_typed_is_the_checkpoints_but_for_dropout_and_where_the_data_lie():
     moved = {**CHARS, 'source': 'a copy', 'tokens': {}}
-    checkpoint.check_fits(saved_by(SHAPE), SHAPE, moved, 'lion')
+    assert reconcile(saved_by(SHAPE), moved) == (SHAPE, OF_THE_CKPT)
+    assert reconcile(saved_by(SHAPE), **OF_THE_CKPT) == (SHAPE, {})
+    shape, kept = reconcile(saved_by(SHAPE), n_layer=3, bias=True, dropout=0.2, max_iters=5)
+    assert shape == GPTConfig(**TINY, dropout=0.2)
+    assert kept == {'n_head': 3, 'n_embd': 24, 'optimizer': 'lion'}
 
 
-def refuse(said, ckpt, shape=SHAPE, meta=CHARS, optimizer='lion'):
-    with pytest.raises(UserError, match=f'{said}.*--out_dir'):
-        checkpoint.check_fits(ckpt, shape, meta, optimizer)
-
-
-@pytest.mark.parametrize(('changed', 'said'), [
-    ({'n_layer': 2}, '--n_layer=2 .*type --n_layer=3'), ({'bias': False}, '--bias=False .*=True'),
-    ({'block_size': 8}, '--block_size=8 .*=12'), ({'n_embd': 12}, '--n_embd=12 .*=24'),
-    ({'n_head': 4}, '--n_head=4 .*=3')])
-def test_a_run_of_another_shape_than_its_checkpoint_is_refused_by_name(changed, said):
-    refuse(said, saved_by(SHAPE), shape=GPTConfig(**{**TINY, **changed}))
-
-
-def test_a_run_with_another_optimizer_or_vocabulary_than_its_checkpoint_is_refused():
+def test_weights_alone_leave_the_choice_of_the_optimizer():
     ckpt = saved_by(SHAPE)
-    refuse('=adamw .*type --optimizer=lion', ckpt, optimizer='adamw')
-    refuse('vocabulary', ckpt, meta={**CHARS, 'chars': 'abd'})
-    refuse('vocabulary', ckpt, meta=GPT2_META)
+    del ckpt['optimizer'], ckpt['iter_num']
+    shape, kept = reconcile(ckpt)
+    assert shape == SHAPE and 'optimizer' not in kept
+    with pytest.raises(UserError, match=r'--bias=False contradicts .* type --bias=True$'):
+        reconcile(ckpt, bias=False)
+
+
+def refuse(said, ckpt, meta=CHARS, **typed):
+    with pytest.raises(UserError, match=f'{said}.*--out_dir'):
+        reconcile(ckpt, meta, **typed)
+
+
+@pytest.mark.parametrize(('typed', 'said'), [
+    ({'n_layer': 2}, '--n_layer=2 .*type --n_layer=3'), ({'bias': False}, '--bias=False .*=True'),
+    ({'n_layer': 12}, '--n_layer=12 .*=3'),  # the default's value, but typed
+    ({'block_size': 8}, '--block_size=8 .*=12'), ({'n_embd': 12}, '--n_embd=12 .*=24'),
+    ({'n_head': 4}, '--n_head=4 .*=3'), ({'optimizer': 'adamw'}, '=adamw .*type --optimizer=lion')])
+def test_what_is_typed_and_contradicts_the_checkpoint_is_refused_by_name(typed, said):
+    refuse(said, saved_by(SHAPE), **typed)
+
+
+def test_the_context_is_the_runs_own_also_if_it_was_not_typed():
+    with pytest.raises(UserError, match=r'--block_size=12 .* type --block_size=16'):
+        reconcile(saved_by(GPTConfig(**{**TINY, 'block_size': 16})))
+
+
+def test_a_run_with_another_vocabulary_than_its_checkpoint_is_refused():
+    refuse('vocabulary', saved_by(SHAPE), meta={**CHARS, 'chars': 'abd'})
+    refuse('vocabulary', saved_by(SHAPE), meta=GPT2_META)
 
 
 def test_a_checkpoint_of_a_model_that_knows_more_is_refused_by_name():
     ckpt = saved_by(SHAPE)
     ckpt['model_args'] = {**ckpt['model_args'], 'rotary': True}
     refuse('rotary=True', ckpt)
+
+
+@pytest.mark.parametrize('meta', [CHARS, None])  # None: nanoGPT's
+def test_a_checkpoint_file_gives_weights_for_a_new_run_with_positions_cut(meta, tmp_path):
+    model = GPT(SHAPE).eval()
+    state = saved_by(SHAPE, meta) | {'model': model.state_dict(), 'scaler': {}, 'val_loss': 1.0}
+    if meta is None:
+        del state['meta']
+    path = str(tmp_path / 'any name.pt')
+    torch.save(state, path)
+    idx = torch.randint(61, (2, 5))
+    for T in (5, 12):
+        ckpt = checkpoint.load_pretrained(path, T)
+        assert ckpt.get('meta') == meta and set(ckpt) - {'meta'} == {'model', 'model_args'}
+        cut = GPT.from_checkpoint(ckpt).eval()
+        assert cut.config == GPTConfig(**{**TINY, 'block_size': T})
+        assert torch.equal(cut(idx)[0], model(idx)[0])
+    assert 'block_size=13: expected at most 12' in one_line(checkpoint.load_pretrained, path, 13)
+    assert 'does not exist' in one_line(checkpoint.load_pretrained, f'{tmp_path}/no.pt', 5)
+
+
+def test_the_folder_of_a_run_is_no_gpt2_and_the_line_says_to_name_the_file(tmp_path):
+    save_checkpoint(Owner(tmp_path), full_of(1))
+    (tmp_path / 'config.json').write_text('{"n_layer": 12}')  # the run's options
+    with pytest.raises(UserError, match=f'name a file in it, such as {tmp_path}/ckpt.pt'):
+        checkpoint.load_pretrained(str(tmp_path), 8)
 
 
 def test_weights_and_optimizers_of_another_model_are_refused():

@@ -67,6 +67,26 @@ def test_a_config_file_has_any_name_and_text_and_may_use_what_was_set_before_it(
     assert got['learning_rate'] == 1 and type(got['learning_rate']) is float
 
 
+@pytest.mark.parametrize(('text', 'names'), [
+    ('n_layer = 12', 'n_layer'),  # the default's value
+    ('n_layer = width = 5\nbias, start = False, ""', 'n_layer width bias start'),
+    ('n_layer += 0\nif True:\n    bias = False', 'n_layer bias'),
+    ('for width in [5]:\n    pass', 'width'),
+    ('_x = [n_layer for bias in [1]]\ndef _f(width):\n    start = n_layer\n_f(1)', ''),
+    ('"""n_layer = 3"""\n_y = width', '')])
+def test_what_a_config_file_assigns_at_its_top_level_is_typed(text, names, config):
+    typed = set()
+    configurator.override(DEFAULTS, [config(text)], 'script.py', (), typed)
+    assert typed == set(names.split())
+
+
+def test_what_the_command_sets_is_typed_whatever_its_value(config):
+    typed = set()
+    argv = ['--n_layer=12', config('width = 5'), '--start=x']
+    configurator.override(DEFAULTS, argv, 'script.py', (), typed)
+    assert typed == {'n_layer', 'width', 'start'}
+
+
 @pytest.mark.parametrize(('argv', 'words'), [
     ('--n_layers=3', 'n_layers n_layer?'), ('--learning-rate=1', 'learning_rate?'),
     ('--xyzzy=1', 'xyzzy --help'), ('--n_layer=two', '--n_layer=two int 12'),

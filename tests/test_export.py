@@ -1,4 +1,5 @@
 """Weights in and out, transformers being the judge: from_pretrained, save_pretrained, export.py."""
+import dataclasses
 import json
 import os
 import re
@@ -94,9 +95,36 @@ def test_old_and_new_names_of_tensors_are_read(folder):
     old = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
     old |= {'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.1.attn.masked_bias': torch.tensor(-1e4)}
     headed = {**tensors, 'lm_head.weight': tensors['transformer.wte.weight'].clone()}
-    for variant in (old, headed):
+    head_alone = dict(headed)  # safetensors.save_model keeps one of the two names
+    del head_alone['transformer.wte.weight']
+    for variant in (old, headed, head_alone):
         save_file(variant, folder / 'model.safetensors')
         assert same_weights(GPT.from_pretrained(folder), new)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_head_that_is_not_the_embedding_is_refused(dtype, folder):
+    """Equal is meant in the precision of the file; dropped, it would be another model."""
+    path = folder / 'model.safetensors'
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    head = tensors['transformer.wte.weight'].clone()
+    save_file({**tensors, 'lm_head.weight': head}, path)
+    GPT.from_pretrained(folder)
+    head[3, 5] += 0.5
+    for other in head, head.float() if dtype is torch.bfloat16 else head.half(), head[:60]:
+        save_file({**tensors, 'lm_head.weight': other.clone()}, path)
+        assert f"{folder}: lm_head.weight is not wte's: expected" in refused(folder)
+    ckpt = {'model_args': TINY, 'model': {**GPT(GPTConfig(**TINY)).state_dict()}}
+    ckpt['model']['lm_head.weight'] = torch.ones(61, 16)
+    with pytest.raises(UserError, match=r'checkpoint: lm_head\.weight is not'):
+        GPT.from_checkpoint(ckpt)
+
+
+def test_transformers_other_name_of_the_activation_is_read(tmp_path):
+    gpt2 = transformers_gpt2(std=0.3, **TINY, activation_function='gelu_pytorch_tanh')
+    gpt2.save_pretrained(tmp_path)
+    assert 'gelu_pytorch_tanh' in (tmp_path / 'config.json').read_text()
+    judged_equal(gpt2, tmp_path)
 
 
 def test_the_block_may_shrink_and_not_grow(folder):
@@ -276,6 +304,22 @@ def test_a_model_that_is_not_gpt2_is_not_exported(change, said, bias, tmp_path):
     with pytest.raises(UserError, match=said):
         gpt.save_pretrained(tmp_path / 'hf')
     assert not any(tmp_path.iterdir())
+
+
+def test_a_field_that_gpt2_lacks_is_exported_at_its_default_only(tmp_path, monkeypatch):
+    @dataclasses.dataclass
+    class Windowed(GPTConfig):
+        window: int = 0  # tokens of attention; 0: all
+
+    monkeypatch.setattr('model.GPTConfig', Windowed)
+    gpt = randomize(GPT(Windowed(**TINY, window=4)), 0.1)
+    with pytest.raises(UserError, match=r'^window=4: .*fits GPT-2 only, with window=0$'):
+        gpt.save_pretrained(tmp_path / 'hf')
+    assert not any(tmp_path.iterdir())
+    gpt.config.window = 0
+    gpt.config.dropout = 0.1  # for which the format has a place
+    gpt.save_pretrained(tmp_path / 'hf')
+    assert 'window' not in (tmp_path / 'hf/config.json').read_text()
 
 
 # ----------------------------------------------------------- export.py, in this process

@@ -263,6 +263,9 @@ def test_weights_come_back_bit_for_bit_with_another_dropout_but_in_no_other_mode
     assert again.config == GPTConfig(**TINY, dropout=0.5) and changed.config.dropout == 0
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, ckpt['model'][name]), name
+    with pytest.raises(UserError, match=r"lm_head\.weight is not wte's: expected them tied"):
+        GPT.from_checkpoint(ckpt)
+    del ckpt['model']['lm_head.weight']
     with pytest.raises(UserError, match=r'angles is \(6,\): expected no such tensor'):
         GPT.from_checkpoint(ckpt)
 
@@ -270,12 +273,13 @@ def test_weights_come_back_bit_for_bit_with_another_dropout_but_in_no_other_mode
 def test_weights_leave_the_dict_one_by_one_once_none_is_missing():
     """So that the memory of a mapped file can go with them; masks of old files are no weights."""
     gpt, tensors = random_gpt(), {**random_gpt().state_dict(), 'h.0.attn.bias': torch.ones(1)}
+    del tensors['lm_head.weight']  # the same as wte's
     norm = tensors.pop('transformer.ln_f.bias')
     with pytest.raises(UserError, match=r'^here: transformer.ln_f.bias is missing: expected \(24'):
         gpt.load_weights('here', tensors)
     tensors['transformer.ln_f.bias'] = norm
     gpt.load_weights('here', tensors)
-    assert tensors.keys() == {'lm_head.weight', 'h.0.attn.bias'}
+    assert tensors.keys() == {'h.0.attn.bias'}
 
 
 # ------------------------------------------------------------------------------- generation

@@ -132,6 +132,8 @@ def test_a_fresh_process_meets_one_that_has_failed_to_connect_twice(data_set, tm
 
 @pytest.mark.parametrize(('option', 'named'), [
     ('--seed=2', 'seed=2, but rank 0 has seed=1337'),
+    # The default's value: rank 0 means the checkpoint's, if there is one.
+    ('--bias=False', r"typed=\['bias', 'n_embd', .*\], but rank 0 has typed=\['n_embd', "),
     ('--batch_size=2 --gradient_accumulation_steps=4', 'batch_size=2, but rank 0 has batch_size=4'),
     ('--dtype=bfloat16', 'dtype=bfloat16, but rank 0 has dtype=float32'),
     ('--dataset={other}', r'data=\[.*3,000.*\], but rank 0 has data=\[.*4,000')])

@@ -523,6 +523,78 @@ def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(gpt2_ids, tmp_
     assert ckpt['best_val_loss'] == 9.5 < ckpt['val_loss']  # nanoGPT's, still the best
 
 
+# ---------------------------------------------------------------------- where a run starts
+SHAPE = {'--n_layer', '--n_head', '--n_embd', '--bias'}
+UNSHAPED = tuple(option for option in TINY if option.partition('=')[0] not in SHAPE)
+
+
+@has_muon
+def test_a_shape_and_an_optimizer_that_are_not_typed_are_the_checkpoints(data_set, tmp_path):
+    """On two processes, and in the run's own files, which a later one reads."""
+    whole = (*TINY, '--optimizer=muon', '--bias=True', f'--dataset={data_set}')
+    untyped = (*UNSHAPED, f'--dataset={data_set}', f'--out_dir={tmp_path}/cut')
+    succeed([start('train.py', *whole, f'--out_dir={tmp_path}/whole', '--max_iters=16'),
+             start('train.py', *whole, f'--out_dir={tmp_path}/cut')])
+    resumed = succeed(start_ranks(2, 'train.py', *untyped, '--init_from=auto', '--max_iters=13'))
+    assert ('ckpt.pt n_layer=2 n_head=2 n_embd=32 bias=True optimizer=muon, float32, on 2 x'
+            in resumed[0].out)
+    succeed([start('train.py', *untyped, '--init_from=resume', '--max_iters=16')])
+    assert losses_of(tmp_path / 'cut') == pytest.approx(losses_of(tmp_path / 'whole'), abs=2e-3)
+    options = json.loads((tmp_path / 'cut/config.json').read_text())
+    assert (options['optimizer'], options['n_layer'], options['bias']) == ('muon', 2, True)
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A GPT-2 of 2 layers with GPT-2's vocabulary, in a Hugging Face folder."""
+    shape = {'block_size': 64, 'vocab_size': 50257, 'n_layer': 2, 'n_head': 4, 'n_embd': 16}
+    GPT(GPTConfig(**shape)).save_pretrained(tmp_path / 'hf')
+    return tmp_path / 'hf'
+
+
+def test_the_resume_command_works_as_it_is_printed_after_a_start_from_a_folder(
+        gpt2_folder, gpt2_ids, tmp_path):
+    train = start('train.py', *UNSHAPED, f'--init_from={gpt2_folder}', f'--dataset={gpt2_ids}',
+                  f'--out_dir={tmp_path}/out', '--max_iters=100000', '--lr_decay_iters=9')
+    train.until(lambda script: script.last_step >= 2).send(STOP)
+    assert train.wait().code == 143, train.err
+    assert f'from {gpt2_folder} n_layer=2 n_head=4 n_embd=16 bias=True, float32' in train.out
+    command = re.search('resume with "python (.*)"', train.out)[1].split()
+    reached = train.last_step
+    [resumed] = succeed([start(*command, f'--max_iters={reached + 1}', '--eval_interval=100000')])
+    assert f'steps {reached} to {reached + 1}' in resumed.out
+    assert [entry['iter'] for entry in steps_of(tmp_path / 'out')] == list(range(1, reached + 2))
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_a_checkpoint_file_starts_a_new_run_from_its_weights(
+        world_size, trained, data_set, tmp_path):
+    """A character model: step 0 has the losses that its run ended with; nothing else is taken."""
+    options = (*UNSHAPED, f'--dataset={data_set}', f'--init_from={trained}/best.pt')
+    [first, *_] = succeed(start_ranks(world_size, 'train.py', *options, '--max_iters=2',
+                                      '--warmup_iters=0', f'--out_dir={tmp_path}/out'))
+    assert f'parameters from {trained}/best.pt n_layer=2 n_head=2 n_embd=32, f' in first.out
+    assert 'steps 0 to 2' in first.out
+    old = evaluations_of(trained)[-1]
+    new = evaluations_of(tmp_path / 'out')
+    assert [entry['iter'] for entry in new] == [0, 2]
+    assert new[0]['val_loss'] == old['val_loss'] and new[0]['train_loss'] == old['train_loss']
+    ckpt = load_checkpoint(tmp_path / 'out/ckpt.pt')
+    steps = {int(state['step']) for state in ckpt['optimizer']['state'].values()}
+    assert steps == {2} and ckpt['meta']['chars'] == CHARS
+
+
+def test_a_checkpoint_file_starts_a_run_of_a_shorter_context(trained, data_set, tmp_path):
+    succeed([start('train.py', *UNSHAPED, f'--dataset={data_set}', '--block_size=8',
+                   f'--init_from={trained}/ckpt.pt', f'--out_dir={tmp_path}', '--max_iters=0',
+                   '--warmup_iters=0')])
+    ckpt = load_checkpoint(tmp_path / 'ckpt.pt')
+    old = load_checkpoint(trained / 'ckpt.pt')
+    wpe = 'transformer.wpe.weight'
+    assert torch.equal(ckpt['model'].pop(wpe), old['model'].pop(wpe)[:8])
+    assert differences(ckpt['model'], old['model']) == []
+
+
 # ------------------------------------------------------------------------- where a run ends
 # Warm-up as long as the decay: nothing is left to divide by.
 SEVEN = (*TINY, '--max_iters=7', '--eval_interval=5', '--warmup_iters=5', '--lr_decay_iters=5',
@@ -736,6 +808,10 @@ def check_mistake(folder, said, *options, script='train.py', env=None):
     ('--init_from=scratch', r'out/ckpt\.pt exists and would be overwritten; .*--out_dir'
                             '.*"python .*--init_from=resume"'),
     ('--out_dir=new', r'new/ckpt\.pt does not exist: .*--init_from=auto'),
+    ('--out_dir=new --init_from=out', r"out is a run's folder: name a file in it, .*out/ckpt\.pt"),
+    ('--out_dir=new --init_from=out/ckpt.pt --n_layer=12', 'n_layer=12 contra.*--n_layer=2$'),
+    ('--out_dir=new --init_from=out/ckpt.pt --block_size=33', 'size=33: expected at most 32'),
+    ('--n_layer=12', r'--n_layer=12 contradicts .* n_layer=2: type --n_layer=2, or --out_dir'),
     ('--learning_rate=1e30 --min_lr=1e30 --eval_interval=1000 --max_iters=50',
      r'step \d+: .*loss.*out/ckpt\.pt.* lower --learning_rate')])
 def test_a_mistake_gets_one_line_and_loses_nothing(options, said, folder):

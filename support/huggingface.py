@@ -10,7 +10,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from support.errors import UserError
+from support.errors import UserError, refuse_lfs_pointer
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by OpenAI
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
@@ -89,6 +89,7 @@ def read_tensors(file):
     from safetensors import SafetensorError, safe_open  # here, since most runs do not need it
     tensors = {}
     try:
+        refuse_lfs_pointer(file)
         for name in list(safe_open(file, framework='pt').keys()):
             # Opened again for each tensor, so that each has its own mapping, freed with it.
             tensors[name] = safe_open(file, framework='pt').get_tensor(name)

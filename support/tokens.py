@@ -23,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from support.errors import UserError
+from support.errors import UserError, refuse_lfs_pointer
 
 DATA = Path(__file__).resolve().parents[1] / 'data'  # the data sets
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
 EOT = '<|endoftext|>'  # GPT-2's only special token, id 50256: ends every document
+TOO_DEEP = 'Regex error'  # tiktoken's ValueError for a text such as a million spaces in a row
 GPT2_FILES = {  # and their sha256
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
@@ -93,8 +94,7 @@ def missing(path):
 
 def refuse_other_formats(path, head):
     """UserError if the first bytes of a token file are those of another program's format."""
-    if head.startswith(b'version https://git-lfs'):
-        raise UserError(f'{path} is a pointer of Git LFS, not the file: run git lfs pull')
+    refuse_lfs_pointer(path)
     words = np.frombuffer(head[:len(head) // 8 * 8], '<u2').reshape(-1, 4)
     if head.startswith(b'\x93NUMPY'):
         kind = 'a .npy file'
@@ -233,6 +233,8 @@ def encode_gpt2(text, special=()):
     try:
         return bpe.encode(text, allowed_special=set(special), disallowed_special=())
     except ValueError as e:
+        if TOO_DEEP not in str(e):
+            raise
         raise UserError(f"GPT-2's tokenizer cannot encode the text: {e}") from None
 
 

@@ -38,7 +38,7 @@ def random_gpt(**config):
 
 def refused(*args):
     """The one line that GPT.from_pretrained says."""
-    with pytest.raises(UserError, match=r'expected|convert|HF_ENDPOINT') as caught:
+    with pytest.raises(UserError, match=r'expected|convert|HF_ENDPOINT|git lfs pull') as caught:
         GPT.from_pretrained(*args)
     assert '\n' not in str(caught.value)
     return str(caught.value)
@@ -163,6 +163,8 @@ def test_wrong_and_damaged_files_are_named(folder):
     for n in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:n])
         assert str(path) in refused(folder)
+    path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\n')
+    assert f'{path} is a pointer of Git LFS' in refused(folder)
     path.unlink()
     assert str(path) in refused(folder)
     index = folder / 'model.safetensors.index.json'

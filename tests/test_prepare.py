@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -182,6 +183,102 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
     assert 'no tokens for val' in fails(repo, 'openwebtext', f'--source={source}')
     write_source(source, [None] * 9)
     assert 'none of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
+
+
+def test_hidden_files_and_folders_below_the_source_are_no_documents(repo, tmp_path):
+    source = tmp_path / '.cache' / 'texts'  # may be hidden itself
+    texts = [f'document {i}' for i in range(20)]
+    for name in ('a.txt', '.ipynb_checkpoints/a-checkpoint.txt', '._a.txt', 'b/.c/d/a.txt'):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text('\n'.join(texts))
+    prepare(repo, 'openwebtext', f'--source={source}')
+    assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts)
+    (source / 'a.txt').unlink()
+    with pytest.raises(UserError, match='found none'):
+        corpus.local_documents(source)
+    assert corpus.local_documents(source / '._a.txt').count == 20  # named by the user
+
+
+CHINESE = ['他说：“你的书是我的。”', '天上的月亮，水里的月亮。', '我们的学校在山的那一边。'] * 20
+TRADITIONAL = ['他說：「你的書是我的。」', '天上的月亮，水裡的月亮。'] * 30
+
+
+FRENCH = ['Où est le café ? Là-bas, à côté', 'Ah', ''] * 20
+RUSSIAN = ['Все счастливые семьи похожи друг на друга'] * 60
+
+
+@pytest.mark.parametrize(('encoding', 'texts', 'name'), [
+    ('UTF-16', FRENCH, 'UTF-16'), ('UTF-16LE', FRENCH, 'UTF-16LE'),
+    ('UTF-16BE', FRENCH, 'UTF-16BE'), ('UTF-16', CHINESE, 'UTF-16'),
+    ('UTF-16LE', CHINESE, 'ITS-ENCODING|UTF-16LE'),
+    ('GB18030', CHINESE, 'GB18030'), ('Big5', TRADITIONAL, 'Big5'),
+    ('CP1252', FRENCH, 'ITS-ENCODING'), ('KOI8-R', RUSSIAN, 'ITS-ENCODING')])
+@pytest.mark.parametrize('place', ['input.txt', 'a.txt', 'a.jsonl'])
+def test_another_encoding_is_named_with_what_converts_it(
+        repo, tmp_path, encoding, texts, name, place):
+    data, options = 'shakespeare', ()
+    path = repo / 'data/shakespeare/input.txt'
+    if place != 'input.txt':
+        path = tmp_path / f"it's {place}"
+        data, options = 'openwebtext', [f'--source={path}']
+    if place == 'a.jsonl':
+        texts = [json.dumps({'text': text}, ensure_ascii=False) for text in texts]
+    path.write_bytes('\r\n'.join(texts).encode(encoding))
+    line = fails(repo, data, *options)
+    assert f'{path} is not UTF-8: ' in line and re.search(f'iconv -f ({name})[, ]', line)
+    command = line.partition('convert it with ')[2].replace('ITS-ENCODING, such as GB18030',
+                                                            encoding)
+    subprocess.run(command, shell=True, check=True)
+    prepare(repo, data, *options)
+    if place == 'input.txt':
+        train, val, _ = read(repo, data)
+        assert tokens.encoding(tokens.GPT2_META).decode(train + val) == '\r\n'.join(texts)
+
+
+def test_a_few_bad_bytes_are_no_encoding(repo, tmp_path):
+    lines = [b'all ASCII'] * 99 + ['déjà vu'.encode('latin-1'), '\ufffd is a character'.encode()]
+    (tmp_path / 'a.txt').write_bytes(b'\n'.join(lines))
+    done = prepare(repo, 'openwebtext', f'--source={tmp_path}')
+    assert 'skipped 1 bad documents' in done.out and 'number 100\n' in done.out
+    path = repo / 'data/shakespeare/input.txt'
+    path.write_bytes(b'\n'.join(lines))
+    line = fails(repo, 'shakespeare')
+    assert "can't decode byte 0xe9" in line and 'iconv -c -f UTF-8' in line
+
+
+def test_a_missing_column_or_field_lists_those_that_exist(repo, tmp_path):
+    pq.write_table(pa.table({'id': [1, 2], 'content': ['a', 'b']}), tmp_path / 'a.parquet')
+    rows = [{}, {'id': 1}, {'id': 2, 'content': 'a'}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    for kind, word in ('parquet', 'column'), ('jsonl', 'field'):
+        line = fails(repo, 'openwebtext', f'--source={tmp_path}/a.{kind}')
+        assert f'a.{kind}: no {word} `text`' in line and line.endswith('only id, content')
+
+
+@pytest.mark.parametrize('name', ['a.parquet', 'a.jsonl', 'a.txt', 'input.txt'])
+def test_a_pointer_of_git_lfs_says_git_lfs_pull(repo, tmp_path, name):
+    data, path = 'openwebtext', tmp_path / name
+    if name == 'input.txt':
+        data, path = 'shakespeare_char', repo / 'data/shakespeare_char' / name
+    path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n' * 20)
+    options = [f'--source={tmp_path}/{name}'] if data == 'openwebtext' else []
+    assert f'{path} is a pointer of Git LFS, not the file: run git lfs pull' in fails(
+        repo, data, *options)
+
+
+@pytest.mark.parametrize('bug', [TypeError, KeyError, ValueError, UnicodeDecodeError])
+def test_an_error_in_the_tokenizers_own_code_is_no_bad_document(tmp_path, monkeypatch, bug):
+    error = bug('utf-8', b'', 0, 1, '') if bug is UnicodeDecodeError else bug('planted')
+    broken = SimpleNamespace(eot_token=50256, encode=mock.Mock(side_effect=error),
+                             encode_to_numpy=mock.Mock(side_effect=error))
+    monkeypatch.setattr(tokens, 'gpt2_encoding', lambda: broken)
+    (tmp_path / 'a.txt').write_text('some\ntexts\n')
+    documents = corpus.local_documents(tmp_path)
+    for function, *arguments in ((corpus.write_documents, tmp_path, documents, 2),
+                                 (tokens.encode_gpt2, 'text')):
+        with pytest.raises(bug) as caught:
+            function(*arguments)
+        assert caught.type is bug
 
 
 @pytest.mark.parametrize('bug', [TypeError, KeyError, ValueError, AttributeError])

@@ -48,7 +48,8 @@ def prompt_text():
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        path = configurator.expand(start.removeprefix('FILE:'))
+        return Path(path).read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
         raise UserError(f'--start={start}: expected UTF-8: {error}') from None
 

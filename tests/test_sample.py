@@ -118,6 +118,14 @@ def test_a_prompt_that_is_not_utf8_gets_one_line(trained, tmp_path):
     assert line.startswith(f'--start=FILE:{path}: expected UTF-8: '), line
 
 
+def test_a_prompt_in_the_home_folder_is_found(trained, tmp_path, monkeypatch):
+    (tmp_path / 'prompt.txt').write_text('abc', encoding='utf-8')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for path in '~/prompt.txt', '$HOME/prompt.txt':
+        [text] = texts_of(sample(trained, f'--start=FILE:{path}', '--max_new_tokens=1'))
+        assert text.startswith('abc') and len(text) == 4
+
+
 @pytest.mark.parametrize('bug', [ValueError('planted'), TypeError('planted')])
 def test_a_bug_keeps_its_traceback(bug, trained, monkeypatch):
     """A UserError is a ValueError; a ValueError need not be a user's mistake."""

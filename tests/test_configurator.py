@@ -135,10 +135,53 @@ def test_no_script_is_told_to_use_an_option_that_it_lacks(script):
     ('out_dir = 3', 'out_dir = 3: expected str'), ('bias = None', 'bias = None: expected'),
     ('learning_rate = float("nan")', 'learning_rate = nan: expected a finite number'),
     ('n_layer = 1 // 0', 'ZeroDivisionError'), ('n_layer = ', 'SyntaxError'),
-    ('n_layer = n_layres', 'NameError'), ('import os', 'os = ')])
+    ('n_layer = n_layres', 'NameError'), ('import os as n_layer', 'n_layer = <module'),
+    ('def bias(): pass', 'bias = <function bias at '),
+    ('n_tokens = 8 * 1024', 'n_tokens = 8192: unknown option n_tokens; --help lists the options; '
+                            'a name of your own begins with _'),
+    ('lr = 3e-4', 'lr = 0.0003: unknown option lr; type --learning_rate')])
 def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, says, config):
     path = config(text)
     assert refuse(path).startswith(f'{path}: {says}')
+
+
+def test_what_a_config_file_imports_or_defines_is_no_option(config):
+    path = config('import time\nfrom math import sqrt\nfrom pathlib import Path\n'
+                  'def double(n):\n    return 2 * n * width\n'
+                  'n_layer = double(int(sqrt(9)))\nout_dir = Path(__file__).stem\n')
+    assert override(path) == {**DEFAULTS, 'n_layer': 30, 'out_dir': 'x'}
+
+
+def test_the_config_json_of_a_run_is_a_config_file(config):
+    typed = set()
+    path = config('{"n_layer": 3, "learning_rate": 1, "bias": true, "start": "é"}', 'config.json')
+    got = configurator.override(DEFAULTS, [path, '--n_layer=4'], 'script.py', (), typed)
+    assert got == {**DEFAULTS, 'n_layer': 4, 'learning_rate': 1.0, 'bias': True, 'start': 'é'}
+    assert typed == {'n_layer', 'learning_rate', 'bias', 'start'}
+    for text, says in (('{"n_layers": 3}', 'n_layers = 3: unknown option n_layers; did you mean'),
+                       ('{"n_layer": "3"}', "n_layer = '3': expected int"),
+                       ('{"n_layer": 3', 'JSONDecodeError: '), ('[3]', 'AttributeError: ')):
+        path = config(text, 'config.json')
+        assert refuse(path).startswith(f'{path}: {says}')
+
+
+def test_the_home_folder_is_found_in_options_that_are_paths(config, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/li lei')
+    home = '/home/li lei/out'
+    for path in '~/out', '$HOME/out', '${HOME}/out':
+        assert override(f'--out_dir={path}')['out_dir'] == home
+        assert override(config(f'out_dir = {path!r}'))['out_dir'] == home
+        assert override(f'--start={path}')['start'] == path  # a text
+    assert override('--out_dir=~/a,b,~/c')['out_dir'] == '/home/li lei/a,b,/home/li lei/c'
+    for path in 'a~/out', './~', '$NO_SUCH_NAME/out', '':
+        assert override(f'--out_dir={path}')['out_dir'] == path
+
+
+def test_an_old_launcher_is_sent_to_torchrun():
+    """torch 2's spelling; torch 1's is in FOREIGN."""
+    assert run_here('train.py', '--local-rank=1').err == (
+        'train.py: --local-rank=1: unknown option local-rank; torch.distributed.launch adds it: '
+        'start with torchrun instead\n')
 
 
 @pytest.mark.parametrize(('limit', 'taken', 'refused', 'words'), [

@@ -3,12 +3,14 @@ import io
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CHARS, check_help, run_here
+from conftest import CHARS, LIMIT_S, ROOT, check_help, run_here
 
 from model import GPT, GPTConfig
 from support import tokens
@@ -84,6 +86,59 @@ def test_text_arrives_while_it_is_made_in_whole_characters_of_the_tokenizer(tmp_
     assert times[-1] - times[0] > 0.5 * n / stated  # spread over the time that it took
 
 
+@pytest.mark.parametrize('length', [1, 2, 5])
+def test_a_text_ends_before_the_first_place_of_the_text_to_stop_at(length, trained):
+    """Whatever its length in tokens, here one a character; with several samples, each."""
+    options = '--max_new_tokens=60', '--temperature=1', '--num_samples=3', '--start=abc'
+    whole = texts_of(sample(trained, *options))
+    stop = whole[1][20:20 + length]
+    done = sample(trained, *options, f'--stop={stop}')
+    first = 'abc' + whole[0][3:].partition(stop)[0]
+    assert texts_of(done)[0] == first
+    for text in texts_of(done):
+        assert stop not in text[3:]
+    assert int(done.err.split(' tokens')[0]) < 180
+    assert texts_of(sample(trained, *options, '--stop=no such text')) == whole
+    # Its beginning at the end of a text is printed.
+    assert texts_of(sample(trained, *options, f'--stop={whole[0][-3:]}!')) == whole
+
+
+def test_the_end_of_text_token_can_be_stopped_at(tmp_path):
+    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=1, n_embd=64)).eval()
+    _, *ids = tokens.GPT2Encoding().encode('A é🙂<|endoftext|>B')
+    with torch.no_grad():  # each position asks for the next token
+        wte = model.transformer.wte.weight.normal_()
+        model.transformer.wpe.weight[:len(ids)] = 10 * wte[ids]
+    torch.save({'model': model.state_dict(), 'model_args': vars(model.config)},
+               tmp_path / 'ckpt.pt')
+    options = '--temperature=0', f'--max_new_tokens={len(ids)}', '--start=A'
+    assert texts_of(sample(tmp_path, *options)) == ['A é🙂<|endoftext|>B']
+    assert texts_of(sample(tmp_path, *options, '--stop=<|endoftext|>')) == ['A é🙂']
+
+
+def test_in_a_pipe_the_speed_has_a_line_of_its_own_and_what_cannot_be_shown_is_replaced(trained):
+    """Standard output and errors go into one pipe, in a locale that has ASCII alone."""
+    env = {**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    done = subprocess.run(
+        [sys.executable, ROOT / 'sample.py', f'--out_dir={trained}', '--device=cpu', '--start=ab',
+         '--max_new_tokens=200'], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, timeout=LIMIT_S)
+    *text, end, speed = done.stdout.decode('ascii').splitlines()
+    assert done.returncode == 0 and end == '---------------'
+    assert '\n'.join(text).startswith('ab') and '?' in '\n'.join(text)  # é, 日 or 🙂
+    assert speed.startswith('200 tokens, ')
+
+
+def test_ctrl_c_ends_the_line_of_the_text(trained, monkeypatch):
+    def interrupted(*args):
+        yield torch.tensor([[3]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, 'stream', interrupted)
+    done = sample(trained, '--start=ab')
+    assert done.code == 0 and done.out == f'ab{CHARS[3]}\n' and done.err.startswith('1 tokens, ')
+
+
 @pytest.mark.parametrize(('option', 'said'), [
     ('--out_dir=/nowhere', '/nowhere/ckpt.pt does not exist: expected a checkpoint'),
     ('--topk=3', 'unknown option topk; did you mean top_k?'),
@@ -116,6 +171,14 @@ def test_a_prompt_that_is_not_utf8_gets_one_line(trained, tmp_path):
     assert done.code == 1 and done.out == ''
     line = re.fullmatch(r'sample\.py: ([^\n]+)\n', done.err)[1]
     assert line.startswith(f'--start=FILE:{path}: expected UTF-8: '), line
+
+
+def test_a_prompt_in_the_home_folder_is_found(trained, tmp_path, monkeypatch):
+    (tmp_path / 'prompt.txt').write_text('abc', encoding='utf-8')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for path in '~/prompt.txt', '$HOME/prompt.txt':
+        [text] = texts_of(sample(trained, f'--start=FILE:{path}', '--max_new_tokens=1'))
+        assert text.startswith('abc') and len(text) == 4
 
 
 @pytest.mark.parametrize('bug', [ValueError('planted'), TypeError('planted')])

@@ -206,11 +206,17 @@ def test_what_is_drawn_follows_from_the_key(folder):
             tokens.Tokens, folder, 'train', 10_001)
 
 
-def test_a_data_set_is_a_folder_below_data_or_a_path(tmp_path, monkeypatch):
+def test_a_data_set_is_a_folder_as_typed_or_one_below_data(tmp_path, monkeypatch):
     assert tokens.folder_of(tmp_path) == str(tmp_path)
+    assert tokens.folder_of(f'{tmp_path}/none') == f'{tmp_path}/none'
     for place, expected in (ROOT, 'data/shakespeare'), (ROOT / 'data', 'shakespeare'):
         monkeypatch.chdir(place)
         assert tokens.folder_of('shakespeare') == expected
+    monkeypatch.chdir(ROOT)
+    assert tokens.folder_of('data/shakespeare/') == 'data/shakespeare'
+    (tmp_path / 'shakespeare').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert tokens.folder_of('shakespeare') == 'shakespeare'  # what was typed is here
 
 
 def test_threads_may_cut_at_once(folder):

@@ -566,6 +566,11 @@ def test_the_resume_command_works_as_it_is_printed_after_a_start_from_a_folder(
     assert [entry['iter'] for entry in steps_of(tmp_path / 'out')] == list(range(1, reached + 2))
 
 
+def test_the_config_json_of_a_run_makes_the_same_run(trained, tmp_path):
+    succeed([start('train.py', trained / 'config.json', f'--out_dir={tmp_path}/out')])
+    assert losses_of(tmp_path / 'out') == losses_of(trained)
+
+
 @pytest.mark.parametrize('world_size', [1, 2])
 def test_a_checkpoint_file_starts_a_new_run_from_its_weights(
         world_size, trained, data_set, tmp_path):

@@ -6,6 +6,7 @@ on CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare
 to tiktoken alone, scaled perfectly to all threads. Each measurement is a process, the two sides
 alternate, and medians are shown. Peak memory is the GPU's, else the process's beyond its imports.
 """
+import support.threads  # before torch: it sets what torch reads when imported
 import json
 import resource
 import runpy

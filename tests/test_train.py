@@ -618,8 +618,9 @@ def seven_steps(data_set, tmp_path):
 def test_a_run_makes_exactly_max_iters_steps_evaluates_and_saves(seven_steps, tmp_path):
     out_dir = tmp_path / 'out'
     said = seven_steps.out
-    assert said.startswith('26,752 parameters from scratch, float32, on 1 x cpu\n256 tokens a step '
-                           '(2 x 4 x 32 per process), steps 0 to 7: 0.448 epochs of ')
+    assert said.startswith('26,752 parameters from scratch, float32, on 1 x cpu, '
+                           'OMP_NUM_THREADS=1\n256 tokens a step (2 x 4 x 32 per process), '
+                           'steps 0 to 7: 0.448 epochs of ')
     assert re.findall(r'step (\d) \| saved .*/ckpt\.pt \(best\)\n', said) == ['0', '5', '7']
     steps = steps_of(out_dir)
     assert [entry['iter'] for entry in steps] == [1, 2, 3, 4, 5, 6, 7]
@@ -658,7 +659,8 @@ def test_a_finished_run_can_be_extended(seven_steps, data_set, tmp_path):
     out_dir = tmp_path / 'out'
     [more] = succeed([start('train.py', *SEVEN, f'--dataset={data_set}', f'--out_dir={out_dir}',
                             '--max_iters=9', '--lr_decay_iters=0')])
-    assert more.out.startswith(f'26,752 parameters from {out_dir}/ckpt.pt, float32, on 1 x cpu\n')
+    assert more.out.startswith(f'26,752 parameters from {out_dir}/ckpt.pt, float32, on 1 x cpu, '
+                               'OMP_NUM_THREADS=1\n')
     assert load_checkpoint(out_dir / 'ckpt.pt')['iter_num'] == 9
     steps = steps_of(out_dir)
     assert [entry['iter'] for entry in steps] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -667,6 +669,14 @@ def test_a_finished_run_can_be_extended(seven_steps, data_set, tmp_path):
         assert entry['lr'] == pytest.approx(3e-4 + left * (3e-3 - 3e-4))
     # The evaluation of step 7 was the end's; 9's is now.
     assert [entry['iter'] for entry in evaluations_of(out_dir)] == [0, 5, 7, 9]
+
+
+def test_a_run_resumed_with_other_threads_says_so(seven_steps, data_set, tmp_path):
+    script = patched_train(tmp_path, 'torch.set_num_threads(2)')
+    [more] = succeed([start(script, *SEVEN, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
+                            '--max_iters=9', '--lr_decay_iters=0')])
+    assert 'OMP_NUM_THREADS=2 (1 in the checkpoint: equal up to rounding)\n' in more.out
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['threads'] == 2
 
 
 @pytest.mark.parametrize('init_from', ['resume', 'scratch'])

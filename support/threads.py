@@ -1,0 +1,49 @@
+"""How many threads a process computes with. To be imported before torch, which reads that once.
+
+torch starts a thread per CPU, whatever a container's quota leaves, and OpenMP's threads spin while
+they wait (docs/records.md). What the user or torchrun has set wins. Not tried on macOS.
+"""
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def read(folder, *names):
+    """The texts of those of the files that can be read, one after the other."""
+    text = ''
+    for name in names:
+        with suppress(OSError):
+            text += (folder / name).read_text(encoding='utf-8')
+    return text
+
+
+def share(root=Path('/')):
+    """This process's part of the physical cores that affinity and CPU quotas allow, at least 1."""
+    cpus = range(os.cpu_count())
+    if hasattr(os, 'sched_getaffinity'):  # not on macOS
+        cpus = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in cpus:
+        siblings = read(root, f'sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list')
+        cores.add(siblings if siblings else cpu)
+    limits = [len(cores)]
+    for line in read(root, 'proc/self/cgroup').splitlines():
+        _, controllers, path = line.split(':', 2)
+        mount = root / 'sys/fs/cgroup'  # of version 2, which names no controllers
+        if 'cpu' in controllers.split(','):
+            mount = mount / 'cpu'
+        elif controllers != '':
+            continue
+        group = mount / path.strip('/')  # in a container perhaps the host's path: mount is its own
+        for folder in [group, *group.parents]:
+            quota = read(folder, 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us').split()
+            if quota and quota[0] not in ('max', '-1'):
+                limits.append(math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, min(limits) // int(os.environ.get('LOCAL_WORLD_SIZE', '1')))
+
+
+COUNT = share()
+os.environ.setdefault('OMP_NUM_THREADS', str(COUNT))
+os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', str(min(COUNT, 32)))  # 32: torch's limit
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # then a thread sleeps; by default after 300,000

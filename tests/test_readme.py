@@ -12,16 +12,16 @@ from conftest import ROOT, copy_of_repo, log_of, options_in, start, succeed
 from torch.distributed.run import get_args_parser
 
 import configurator
-from model import GPT, Block, GPTConfig
-from support.hardware import PEAK_FLOPS
+from docs import tables
+from model import Block, GPTConfig
 
 ENGLISH = ('README.md', *(f'docs/{name}.md' for name in (
     't9k', 'running', 'data', 'sizes', 'export', 'differences', 'troubleshooting')))
 CHINESE = {'README.md': 'README.zh-CN.md', 'docs/t9k.md': 'docs/t9k.zh-CN.md'}
 TEXT = {page: (ROOT / page).read_text(encoding='utf-8')
         for page in (*ENGLISH, *CHINESE.values(), 'CONTRIBUTING.md')}
-README, RUNNING, SIZES, T9K = (TEXT[page] for page in (
-    'README.md', 'docs/running.md', 'docs/sizes.md', 'docs/t9k.md'))
+README, RUNNING, T9K = (TEXT[page] for page in (
+    'README.md', 'docs/running.md', 'docs/t9k.md'))
 
 
 def blocks(text, language=r'\w+'):
@@ -66,6 +66,10 @@ def test_the_first_page_leads_to_all_others():
             assert f'({page})' in README, f'README.md has no link to {page}: add one'
 
 
+def anchor_of(heading):
+    return re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+
+
 @pytest.mark.parametrize('page', TEXT)
 def test_every_link_leads_somewhere(page):
     for link in re.findall(r'\]\(([^)]+)\)', prose(TEXT[page])):
@@ -76,8 +80,7 @@ def test_every_link_leads_somewhere(page):
             text = prose(target.read_text(encoding='utf-8'))
             anchors = []
             for heading in re.findall(r'^#+ (.*)$', text, re.MULTILINE):
-                words = re.sub(r'[^\w\- ]', '', heading.lower())
-                anchors.append(words.replace(' ', '-'))
+                anchors.append(anchor_of(heading))
             assert anchor in anchors, link
 
 
@@ -230,68 +233,29 @@ def test_the_jobs_are_what_the_tables_say():
         assert f'backoffLimit: {restarts} ' in text
 
 
-# ---------------------------------------------------------------- computed figures
+# ---------------------------------------------------------------- figures
 
-SHAPES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
-          'gpt2-xl': (48, 25, 1600)}
-MFU = 0.4
-
-
-def empty_model(n_layer, n_head, n_embd):
-    with torch.device('meta'):
-        return GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50304,
-                             bias=False))
+def numbers(text):
+    return set(re.findall(r'\d[\d,]*\.?\d*', text))
 
 
-@pytest.mark.parametrize('size', SHAPES)
-def test_memory_and_time_follow_the_formulas(size):
-    n_layer, n_head, n_embd = SHAPES[size]
-    model = empty_model(*SHAPES[size])
-    n = model.num_params()
-    fixed = f'{18 * n / 1e9:.1f}'
-    compiled_gb, eager_gb = (1024 * (36 * n_layer * n_embd + bytes_per_logit * 50304) / 1e9
-                             for bytes_per_logit in (2, 12))
-    compiled, eager = f'{compiled_gb:.2f}', f'{eager_gb:.2f}'
-    row = f'| {size} | {n_layer} × {n_embd} | {n:,} | {fixed} GB | {compiled} GB | {eager} GB |'
-    days = []
-    for gpu in ('A100', 'H100'):
-        step_s = 480 * 1024 * model.train_flops_per_token() / (8 * PEAK_FLOPS[gpu] * MFU)
-        days.append(step_s * 600_000 / 86400)
-        time = f'{days[-1]:.1f} d' if days[-1] > 2 else f'{24 * days[-1]:.0f} h'
-        row += f' {step_s:.2f} s, {time} |'
-    assert row in SIZES
-    short = re.search(rf'^\| {size} \| .*$', README, re.MULTILINE)[0]
-    assert f'| {n / 1e6:.0f}M | `--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd}`' in short
-    assert short.endswith(f'| {fixed} + {compiled} B GB | {days[0]:.1f}, {days[1]:.1f} days |')
-    assert f'add {eager_gb - compiled_gb:.2f} B GB' in README
-    if size == 'gpt2':
-        for B in 4, 12, 60:
-            both = [f'{18 * n / 1e9 + B * each:.1f} GB' for each in (compiled_gb, eager_gb)]
-            assert re.search(rf'\| {B}\b[^|]*\| {both[0]} \| {both[1]} \|', SIZES), both
-    if size == 'gpt2-xl':  # weights and moments of 8 processes at a restart
-        assert f'{12 * n / 1e9:.1f} GB in each of 8' in ' '.join(RUNNING.split())
-        assert round(8 * 12 * n / 1e9, -1) == 150 and '150 GB' in SIZES and '150 GB' in RUNNING
+def test_each_measured_number_of_the_first_page_is_in_the_entry_that_it_links_to():
+    rows = rows_of(README, '| what | result | compared with |')
+    assert len(rows) >= 5
+    records = (ROOT / 'docs/records.md').read_text(encoding='utf-8')
+    entries = {}
+    for entry in records.split('\n## ')[1:]:
+        entries[anchor_of(entry.splitlines()[0])] = entry
+    for row in rows:
+        what, result, _, link = row.strip('| ').split(' | ')
+        entry = entries[re.search(r'records\.md#([\w-]+)', link)[1]]
+        missing = numbers(result) - numbers(entry)
+        assert not missing, f'{what}: docs/records.md has no {missing} in that entry'
 
 
-@pytest.mark.parametrize('gpu', ['A100', 'H100'])
-@pytest.mark.parametrize(('world_size', 'sequences'), [(8, 480), (16, 480), (64, 512)])
-def test_scaling_follows_the_formula(world_size, sequences, gpu):
-    model = empty_model(*SHAPES['gpt2'])
-    ring = 2 * (world_size - 1) / world_size * 4  # bytes sent and received per parameter
-    n_bytes = ring * model.num_params()
-    last = ring * (50304 + 1024) * 768  # of wte and wpe, whose gradients come last
-    compute_s = (sequences * 1024 * model.train_flops_per_token()
-                 / (world_size * PEAK_FLOPS[gpu] * MFU))
-    share = sequences // world_size
-    micro_steps = next(m for m in range(1, share + 1) if share % m == 0 and share // m <= 12)
-    row = f'| {world_size} | {n_bytes / 1e6:.0f} MB | {1000 * compute_s:.0f} ms |'
-    for bytes_per_s, parts in ((200e9, 1), (25e9, 1), (3.125e9, 1), (3.125e9, 2)):
-        bytes_per_s *= parts  # halved by --grad_compress
-        hidden_s = 2 / 3 * compute_s / micro_steps  # a backward pass
-        exposed = last + max(0, n_bytes - last - hidden_s * bytes_per_s)
-        step_s = compute_s + exposed / bytes_per_s
-        row += f' {1000 * step_s:.0f} ms, {100 * compute_s / step_s:.0f}% |'
-    assert row in SIZES.split(f'\n{gpu}:')[1].split('\n\n')[1]
+@pytest.mark.parametrize('page', tables.PAGES)
+def test_the_tables_of_computed_figures_are_up_to_date(page):
+    assert tables.with_tables(TEXT[page]) == TEXT[page], 'run python docs/tables.py'
 
 
 def test_a_layer_keeps_36_bytes_per_token_and_width_for_the_backward_pass():

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,10 @@ BATCH = 50  # documents that are read at once and tokenized by one thread
 def write_dataset(folder, meta, splits):
     """Write `splits`, {'train': arrays of ids, 'val': ...}, one after the other, and meta.json.
 
-    Returns {split: seconds}. Files are renamed into place once all are complete: an interruption
-    leaves no data set, never a wrong one. UserError if a split is empty.
+    Returns {split: seconds}. The old data set stays until the new one is complete, beside it as
+    .tmp files: an interruption leaves one of the two or none. UserError if a split is empty.
     """
-    remove_dataset(folder)
+    remove_temporary(folder)
     counts = {}
     seconds = {}
     try:
@@ -55,13 +55,20 @@ def write_dataset(folder, meta, splits):
                 raise UserError(f'no tokens for {split}: the text is too short to be split')
         whole_meta = json.dumps(meta | {'tokens': counts})
         write_file(Path(folder, 'meta.json.tmp'), [whole_meta.encode()])
-        for split in splits:
-            os.replace(Path(folder, f'{split}.bin.tmp'), Path(folder, f'{split}.bin'))
-        os.replace(Path(folder, 'meta.json.tmp'), Path(folder, 'meta.json'))
     except BaseException:  # Ctrl-C, too
-        remove_dataset(folder)
+        remove_temporary(folder)
         raise
+    # train.bin, without which there is no data set, goes first and comes last: a kill in between
+    # must not leave it with another's meta.json, or with none.
+    Path(folder, 'train.bin').unlink(missing_ok=True)
+    for name in ('val.bin', 'meta.json', 'train.bin'):
+        os.replace(Path(folder, f'{name}.tmp'), Path(folder, name))
     return seconds
+
+
+def remove_temporary(folder):
+    for path in Path(folder).glob('*.tmp'):
+        path.unlink()
 
 
 def write_file(path, chunks):
@@ -72,14 +79,6 @@ def write_file(path, chunks):
         f.flush()
         os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
         return f.tell()
-
-
-def remove_dataset(folder):
-    # In this order: a kill must leave no train.bin without the meta.json that it belongs to.
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        Path(folder, name).unlink(missing_ok=True)
-    for path in Path(folder).glob('*.tmp'):
-        path.unlink(missing_ok=True)
 
 
 def report(folder, documents, seconds):
@@ -156,7 +155,7 @@ class Documents:
     """Documents in the order of their source: their number, and how to get their text."""
     source: str
     count: int  # including bad ones
-    batches: Iterable  # lists of raw documents (bytes or None)
+    batches: Callable  # of nothing: an iterator of lists of raw documents (bytes or None)
     text: Callable  # of a raw document; None if it has none, UnicodeError if it is not Unicode
 
 
@@ -191,7 +190,7 @@ def hub_documents(files):
             for batch in dataset.with_format('arrow').iter(BATCH):
                 yield batch['text'].cast('binary').to_pylist()
 
-    return Documents(files, len(dataset), batches(), bytes.decode)
+    return Documents(files, len(dataset), batches, bytes.decode)
 
 
 def local_documents(source):
@@ -214,7 +213,11 @@ def local_documents(source):
                         f'.txt files, of one kind; found {found}')
     count, read, text = KINDS[kinds[0]]
     n = sum(count(path) for path in paths)
-    batches = (batch for path in paths for batch in read(path))
+
+    def batches():
+        for path in paths:
+            yield from read(path)
+
     return Documents(source, n, batches, text)
 
 
@@ -305,11 +308,16 @@ def write_documents(folder, documents, workers):
     if not 0 < n_val < n:
         raise UserError(f'{documents.source}: {n} documents cannot be split into train and val')
     # As datasets' train_test_split chooses and orders them.
-    val_places = np.random.default_rng(SPLIT_SEED).permutation(n)[:n_val]
-    run = Tokenizing(documents, val_places.tolist(), workers)
+    places = np.random.default_rng(SPLIT_SEED).permutation(n)
+    run = Tokenizing(documents, places[:n_val].tolist(), workers)
     meta = tokens.GPT2_META | {'source': documents.source}
-    with contextlib.closing(run.train()) as train:  # ends its bar before an error is printed
-        seconds = write_dataset(folder, meta, {'train': train, 'val': run.val.values()})
+    try:
+        seconds = run.write(folder, meta)
+    except NoValidation as e:
+        print(e)
+        places = places[~np.isin(places, run.bad)]
+        run = Tokenizing(documents, places[:n_val].tolist(), workers)
+        seconds = run.write(folder, meta)
     report(folder, {'train': n - len(run.bad) - len(run.val), 'val': len(run.val)}, seconds)
     mb = run.n_bytes / 1e6
     print(f'tokenized {mb:,.1f} MB of text in {seconds["train"]:.1f} s '
@@ -317,6 +325,10 @@ def write_documents(folder, documents, workers):
     if run.bad:
         print(f'skipped {len(run.bad):,} bad documents (no text, or not Unicode); the first is '
               f'number {min(run.bad) + 1:,}')
+
+
+class NoValidation(UserError):
+    """All validation documents are bad, and others are not."""
 
 
 class Tokenizing:
@@ -332,6 +344,10 @@ class Tokenizing:
         self.bpe = tokens.gpt2_encoding()
         self.thread = threading.local()
         self.eot = np.array([self.bpe.eot_token], np.uint32)
+
+    def write(self, folder, meta):
+        with contextlib.closing(self.train()) as train:  # ends its bar before an error is printed
+            return write_dataset(folder, meta, {'train': train, 'val': self.val.values()})
 
     def start_thread(self):
         self.thread.bpe = copy.copy(self.bpe)  # one encoder per thread: sharing is 30% slower
@@ -374,7 +390,7 @@ class Tokenizing:
         bar = tqdm(total=n, unit=' documents', mininterval=0.5 if watched else 30)
         with ThreadPoolExecutor(self.workers, initializer=self.start_thread) as pool, bar:
             pending = deque()
-            for batch in self.documents.batches:
+            for batch in self.documents.batches():
                 pending.append(pool.submit(self.encode, self.n_read, batch))
                 self.n_read += len(batch)
                 self.n_bytes += sum(len(raw) for raw in batch if raw is not None)
@@ -389,3 +405,6 @@ class Tokenizing:
             raise UserError(f'{source} changed: {self.n_read} documents now, {n} before')
         if len(self.bad) == n:
             raise UserError(f'{source}: none of its {n} documents has a text')
+        if not self.val:
+            raise NoValidation(f'{source}: the validation documents are bad: the next of the '
+                               'permutation take their place')

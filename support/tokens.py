@@ -5,8 +5,8 @@
     rows = tokens.Tokens('data/shakespeare_char', 'train').cut([0, 5000], 65)  # (2, 65) int64
     text = tokens.encoding(meta).decode(rows[0])
 
-A .bin file is little-endian uint16 token ids and nothing else, as in nanoGPT. meta.json is written
-after them: {"tokenizer": "gpt2" | "char", "chars": "...", "vocab_size": n,
+A .bin file is little-endian uint16 token ids and nothing else, as in nanoGPT. meta.json is beside
+them: {"tokenizer": "gpt2" | "char", "chars": "...", "vocab_size": n,
 "tokens": {"train": n, "val": n}, "source": "..."}. Without it, the ids are GPT-2's tokens.
 """
 import functools
@@ -52,8 +52,7 @@ def load_meta(folder):
     """The dict in meta.json, checked (UserError); without it, as for nanoGPT's files, GPT-2's."""
     path = Path(folder, 'meta.json')
     train = Path(folder, 'train.bin')
-    interrupted = Path(folder, 'meta.json.tmp').exists()
-    if interrupted or not train.is_file():
+    if not train.is_file():
         raise UserError(missing(train))
     if not path.exists():
         if Path(folder, 'meta.pkl').exists():

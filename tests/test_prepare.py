@@ -1,4 +1,5 @@
 """The prepare scripts and support/corpus.py: texts become token files, whole or not at all."""
+import gzip
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -58,6 +60,12 @@ def read(repo, name):
     assert not list(folder.glob('*.tmp'))
     return (*(np.fromfile(folder / f'{split}.bin', '<u2').tolist() for split in ('train', 'val')),
             json.loads((folder / 'meta.json').read_text(encoding='utf-8')))
+
+
+def clear(repo, name):
+    """Remove a data set, so that `fails` can look for what a failure leaves."""
+    for path in 'train.bin', 'val.bin', 'meta.json':
+        (repo / 'data' / name / path).unlink()
 
 
 def as_nanogpt(texts):
@@ -117,6 +125,20 @@ def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo, name):
     assert name == 'shakespeare' or meta['chars'] == ''.join(sorted(set(text)))
 
 
+def test_end_of_text_in_ones_own_text_is_gpt2s_token_and_characters_as_ever(repo):
+    """In documents it stays text: they end without it."""
+    texts = {'shakespeare': 'one<|endoftext|>two<|endoftext|>three and more',
+             'shakespeare_char': 'one<|endoftext|>two'}
+    for name, text in texts.items():
+        (repo / 'data' / name / 'input.txt').write_text(text)
+        prepare(repo, name)
+    train, val, meta = read(repo, 'shakespeare')
+    assert train.count(50256) == 2 and 27 not in train  # "<"
+    assert tokens.encoding(meta).decode(train + val) == texts['shakespeare']
+    train, val, meta = read(repo, 'shakespeare_char')
+    assert len(train + val) == 19 and meta['vocab_size'] == len(set(texts['shakespeare_char']))
+
+
 # ---------------------------------------------------------------------------- documents
 
 def test_val_is_nanogpts_and_train_the_rest_in_order(repo, tmp_path, monkeypatch):
@@ -148,23 +170,38 @@ def test_any_number_of_documents_is_split_as_datasets_does(tmp_path, n):
 
 
 REFUSED = ' ' * 10**6 + 'x'  # by tiktoken
-BAD = {'parquet': [None, REFUSED.encode()], 'txt': [REFUSED.encode()], 'jsonl': [
+JSON = [
     b'{"text": null}', b'{"txt": "x"}', b'{"text": "\\ud800"}', b'{"text": 3}', b'[1]', b'"text"',
-    b'{', b'{"text": "x"', b'7', b'[' * 100_000, json.dumps({'text': REFUSED}).encode()]}
+    b'{', b'{"text": "x"', b'7', b'[' * 100_000, json.dumps({'text': REFUSED}).encode()]
+BAD = {'parquet': [None, REFUSED.encode()],
+       'txt': [REFUSED.encode()], 'txt.gz': [REFUSED.encode()], 'txt.zst': [REFUSED.encode()],
+       'jsonl': JSON, 'jsonl.gz': JSON, 'jsonl.zst': JSON}
 
 
 def write_source(path, texts):
     """A file of these documents; each None becomes one that is bad in another way."""
-    kind = path.suffix[1:]
+    kind = path.name.partition('.')[2]
     bad = itertools.chain(BAD[kind], itertools.repeat(b'not UTF-8: \xed\xa0\x80'))
-    if kind == 'jsonl':
+    if 'jsonl' in kind:
         texts = [text and json.dumps({'id': 1, 'text': text}) for text in texts]
     raw = [next(bad) if text is None else text.encode() for text in texts]
     if kind == 'parquet':  # of bytes, since a string column would not take bad UTF-8
         write_parquet(path, raw, pa.binary())
     else:
         ends = itertools.cycle([b'\n', b'\r\n', b'\n\n\r\n'])
-        path.write_bytes(b''.join(line + end for line, end in zip(raw, ends)))
+        write_packed(path, b''.join(line + end for line, end in zip(raw, ends)))
+
+
+def write_packed(path, content):
+    """The content, packed if the ending says so, in two parts: cat a.gz b.gz makes one, too."""
+    middle = len(content) // 2
+    with open(path, 'wb') as f:
+        for part in content[:middle], content[middle:]:
+            if path.suffix == '.gz':
+                part = gzip.compress(part)
+            if path.suffix == '.zst':
+                part = pa.compress(part, 'zstd', asbytes=True)
+            f.write(part)
 
 
 @pytest.mark.parametrize('kind', BAD)
@@ -179,8 +216,17 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
     assert 'skipped 12 bad documents' in done.out and f'number {min(bad) + 1}\n' in done.out
     assert re.search(r'train +27 ', done.out)
 
-    write_source(source, [*texts[:val], None, *texts[val + 1:]])
-    assert 'no tokens for val' in fails(repo, 'openwebtext', f'--source={source}')
+    for place in order[5], val:
+        texts[place] = None
+        write_source(source, texts)
+        done = prepare(repo, 'openwebtext', f'--source={source}')
+        assert ('take their place' in done.out) == (place == val)
+    bpe = tokens.gpt2_encoding()  # the next of the permutation, only when all are bad
+    train, val_ids, _ = read(repo, 'openwebtext')
+    assert val_ids == [*bpe.encode_ordinary(texts[order[1]]), bpe.eot_token]
+    rest = [text for text in texts if text and text != texts[order[1]]]
+    assert train == [i for text in rest for i in [*bpe.encode_ordinary(text), bpe.eot_token]]
+    clear(repo, 'openwebtext')
     write_source(source, [None] * 9)
     assert 'none of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
 
@@ -252,10 +298,48 @@ def test_a_missing_column_or_field_lists_those_that_exist(repo, tmp_path):
     (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     for kind, word in ('parquet', 'column'), ('jsonl', 'field'):
         line = fails(repo, 'openwebtext', f'--source={tmp_path}/a.{kind}')
-        assert f'a.{kind}: no {word} `text`' in line and line.endswith('only id, content')
+        assert f'a.{kind}: no {word} text: ' in line and line.endswith('one of id, content')
+        (tmp_path / 'a.jsonl').write_text('{"content": "a"}\n{"content": "b"}\n')
+        prepare(repo, 'openwebtext', f'--source={tmp_path}/a.{kind}', '--text_field=content')
+        train, val, _ = read(repo, 'openwebtext')
+        assert sorted(train + val) == [64, 65, 50256, 50256]
+        clear(repo, 'openwebtext')
+        (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize('name', ['a.parquet', 'a.jsonl', 'a.txt', 'input.txt'])
+@pytest.mark.parametrize('kind', [
+    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
+    pa.string_view(), pa.binary_view()], ids=str)
+def test_columns_of_categories_and_of_views_are_strings(repo, tmp_path, kind):
+    texts = some_texts(9) * 5
+    if kind == pa.binary_view():
+        column = pa.array([text.encode() for text in texts], kind)
+    else:
+        column = pa.array(texts).cast(kind)
+    pq.write_table(pa.table({'text': column}), tmp_path / 'a.parquet')
+    prepare(repo, 'openwebtext', f'--source={tmp_path}')
+    assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts)
+
+
+def test_damaged_and_doubled_packed_files_are_refused(repo, tmp_path):
+    for ending in '.gz', '.zst':
+        path = tmp_path / f'a.jsonl{ending}'
+        write_packed(path, b'{"text": "abc"}\n' * 10_000)
+        whole = path.read_bytes()
+        for content in whole[:-3], whole[:len(whole) // 3], b'not packed', whole + b'more':
+            path.write_bytes(content)
+            assert f'a.jsonl{ending}: ' in fails(repo, 'openwebtext', f'--source={path}')
+        write_packed(path, json.dumps({'text': 'été'}, ensure_ascii=False).encode('latin-1'))
+        line = fails(repo, 'openwebtext', f'--source={path}')
+        assert f'{path} is not UTF-8: unpack it' in line
+        (tmp_path / 'a.jsonl').write_text('{"text": "abc"}\n' * 9)  # unpacked beside: both?
+        path.write_bytes(whole)
+        line = fails(repo, 'openwebtext', f'--source={tmp_path}')
+        assert line.endswith(f'of one kind; found .jsonl and .jsonl{ending}')
+        path.unlink()
+
+
+@pytest.mark.parametrize('name', ['a.parquet', 'a.jsonl', 'a.txt', 'a.txt.gz', 'input.txt'])
 def test_a_pointer_of_git_lfs_says_git_lfs_pull(repo, tmp_path, name):
     data, path = 'openwebtext', tmp_path / name
     if name == 'input.txt':
@@ -290,7 +374,7 @@ def test_a_bug_is_no_bad_document_and_keeps_its_traceback(repo, tmp_path, monkey
     if place == 'encode_document':
         monkeypatch.setattr(corpus.Tokenizing, place, planted)
     else:
-        kinds = {'text': (corpus.count_lines, corpus.line_batches, planted),
+        kinds = {'text': (corpus.count_jsonl, corpus.line_batches, planted),
                  'count': (planted, corpus.line_batches, corpus.json_text)}
         monkeypatch.setitem(corpus.KINDS, '.jsonl', kinds[place])
     with pytest.raises(bug) as error:
@@ -317,6 +401,8 @@ def test_the_hub_is_asked_for_files_of_one_revision(repo, tmp_path, name, place)
     no_answer = RuntimeError('no\nanswer')
     with mock.patch.object(datasets, 'load_dataset', side_effect=no_answer) as asked:
         line = fails(repo, name)
+        asked.side_effect = lambda *kind, **options: load(*kind, **options | here)
+        assert fails(repo, name, '--text_field=content').endswith('one of id, text')
         asked.side_effect = lambda *kind, **options: load(*kind, **options | here)
         prepare(repo, name, '--workers=2')
     files, scan = (asked.call_args.kwargs[key] for key in ('data_files', 'fragment_scan_options'))
@@ -351,9 +437,23 @@ def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_pat
 
     prepare(repo, 'openwebtext', f'--source={good}')
     before = read(repo, 'openwebtext')
-    with pytest.raises(AssertionError, match='0 documents'):
-        prepare(repo, 'openwebtext', f'--source={tmp_path / "empty.txt"}')
+    write_source(tmp_path / 'bad.jsonl', [None] * 9)
+    for name in 'empty.txt', 'hole.parquet', 'bad.jsonl':
+        with pytest.raises(AssertionError, match=name):
+            prepare(repo, 'openwebtext', f'--source={tmp_path / name}')
+        assert read(repo, 'openwebtext') == before
+    with mock.patch('os.fsync', side_effect=OSError('No space left on device')), \
+            pytest.raises(AssertionError, match='No space left'):
+        prepare(repo, 'openwebtext', f'--source={good}')
     assert read(repo, 'openwebtext') == before
+
+    (repo / 'data/shakespeare_char/input.txt').write_text('a text of its own')
+    prepare(repo, 'shakespeare_char')
+    before = read(repo, 'shakespeare_char')
+    (repo / 'data/shakespeare_char/input.txt').write_text('')
+    with pytest.raises(AssertionError, match='no tokens for train'):
+        prepare(repo, 'shakespeare_char')
+    assert read(repo, 'shakespeare_char') == before
 
 
 @pytest.mark.parametrize('kind', [
@@ -369,7 +469,7 @@ def test_an_error_of_pyarrows_is_one_line_with_the_files_name(repo, tmp_path, wh
     assert str(source) in line and 'lines' in line
 
 
-def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
+def test_a_killed_prepare_leaves_the_old_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
     texts, folder = some_texts(1000), repo / 'data/openwebtext'
     source = write_parquet(tmp_path / 'a.parquet', texts * 200)  # some 10 s of work
     (folder / 'train.bin').write_bytes(b'\1\0\2\0')  # of an older run
@@ -382,29 +482,68 @@ def test_a_killed_prepare_leaves_no_tokens_and_no_process_and_can_be_run_again(r
             os.killpg(script.wait(30).process.pid, 0)
         return sorted(os.listdir(folder))
 
-    assert killed_by(signal.SIGKILL) == ['prepare.py', 'train.bin.tmp']
+    assert killed_by(signal.SIGKILL) == ['prepare.py', 'train.bin', 'train.bin.tmp']
+    assert np.fromfile(folder / 'train.bin', '<u2').tolist() == [1, 2]
     prepare(repo, 'openwebtext', f'--source={write_parquet(tmp_path / "b.parquet", texts[:100])}')
     assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts[:100])
-    assert killed_by(signal.SIGINT) == ['prepare.py']  # Ctrl-C even tidies up
+    before = read(repo, 'openwebtext')
+    assert killed_by(signal.SIGINT) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+    assert read(repo, 'openwebtext') == before  # and Ctrl-C tidies up
 
 
-@pytest.mark.parametrize('kill_at', range(3))
-def test_a_kill_between_the_renames_never_leaves_a_readable_mixture(tmp_path, monkeypatch, kill_at):
-    """Without meta.json, the ids of characters would be taken for GPT-2's."""
-    def kill(*_):
-        monkeypatch.setattr(corpus, 'remove_dataset', id)  # a kill does not tidy up
-        raise KeyboardInterrupt
+CHANGES = (os, 'fsync'), (os, 'replace'), (Path, 'unlink')  # of the disk
 
+
+@pytest.mark.parametrize('new', ['gpt2', 'char'])
+@pytest.mark.parametrize('old', ['char', 'gpt2', 'nanogpt', None])
+@pytest.mark.parametrize('kill_at', range(7))
+def test_a_kill_at_any_step_leaves_the_old_data_set_or_the_new_or_none(
+        tmp_path, monkeypatch, kill_at, old, new):
+    """Without its meta.json, the ids of characters would be taken for GPT-2's."""
+    metas = {'char': {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4},
+             'gpt2': tokens.GPT2_META, 'nanogpt': tokens.GPT2_META}
     splits = {'train': [np.array([1, 2])], 'val': [np.array([3])]}
-    corpus.write_dataset(tmp_path, {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4}, splits)
-    steps = [os.replace] * kill_at + [kill]
-    monkeypatch.setattr(os, 'replace', lambda *paths: steps.pop(0)(*paths))
-    with pytest.raises(KeyboardInterrupt):
-        corpus.write_dataset(tmp_path, tokens.GPT2_META, splits)
-    assert len(os.listdir(tmp_path)) == 3
+
+    def found():
+        """The tokenizer and the ids of the data set, None if there is none."""
+        if not (tmp_path / 'train.bin').exists():
+            return None
+        data = [tokens.Tokens(tmp_path, split) for split in ('train', 'val')]
+        return data[0].meta['tokenizer'], *(d.cut([0], len(d)).tolist() for d in data)
+
+    def kill(*_, **__):
+        raise SystemError
+
+    if old:
+        corpus.write_dataset(tmp_path, metas[old], splits)
+    if old == 'nanogpt':
+        (tmp_path / 'meta.json').unlink()
+    before = found()
+    splits['train'] = [np.array([3, 3, 3])]
+    steps = iter([False] * kill_at + [True])
+
+    def killed_in_time(function):
+        def step(*args, **kwargs):
+            if next(steps, False):
+                for change in CHANGES:
+                    monkeypatch.setattr(*change, kill)  # a kill does not tidy up
+                kill()
+            return function(*args, **kwargs)
+        return step
+
+    for place, name in CHANGES:
+        monkeypatch.setattr(place, name, killed_in_time(getattr(place, name)))
+    with pytest.raises(SystemError):
+        corpus.write_dataset(tmp_path, metas[new], splits)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r'missing or unfinished|is missing'):
-        tokens.load_meta(tmp_path)
+    after = (new, [[3, 3, 3]], [[3]])
+    assert found() in ([before] if kill_at < 4 else [None])
+    with pytest.raises(UserError):  # the next attempt tidies up, and brings nothing to life
+        corpus.write_dataset(tmp_path, metas[new], {'train': [], 'val': []})
+    assert found() in ([before] if kill_at < 4 else [None])
+    assert not list(tmp_path.glob('*.tmp'))
+    corpus.write_dataset(tmp_path, metas[new], splits)
+    assert found() == after
 
 
 def test_a_full_disk_is_one_line(repo, tmp_path):

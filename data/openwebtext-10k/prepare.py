@@ -13,12 +13,16 @@ HERE = Path(__file__).resolve().parent
 _FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'
           'plain_text/train/*.parquet')
 
-source = ''  # file or folder of .parquet, .jsonl or .txt to read instead of the hub
+source = ''  # file or folder of .parquet, .jsonl or .txt (.gz, .zst) to read instead of the hub
+text_field = 'text'  # the column of Parquet, or the field of JSON, that holds the text
 workers = 0  # threads that tokenize; 0: one per core
 limits = [(configurator.at_least(0), ['workers'])]
 
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 with configurator.user_errors():
-    documents = corpus.local_documents(source) if source else corpus.hub_documents(_FILES)
+    if source:
+        documents = corpus.local_documents(source, text_field)
+    else:
+        documents = corpus.hub_documents(_FILES, text_field)
     corpus.write_documents(HERE, documents, workers)

@@ -1,7 +1,7 @@
 """Shakespeare's works in GPT-2's tokens, for fine-tuning: python data/shakespeare/prepare.py
 
 The same text as in data/shakespeare_char. To train on your own text, put it next to this file as
-input.txt (UTF-8).
+input.txt (UTF-8); <|endoftext|> in it is the token that ends a document.
 """
 import sys
 from pathlib import Path
@@ -16,4 +16,4 @@ configurator.override({}, sys.argv[1:], __file__)  # no options but --help
 with configurator.user_errors():
     text, source = corpus.one_text(HERE)
     meta = tokens.GPT2_META | {'source': source}
-    corpus.write_text(HERE, meta, text, tokens.encode_gpt2)
+    corpus.write_text(HERE, meta, text, tokens.encoding(meta).encode)

@@ -3,10 +3,12 @@ import copy
 import importlib.util
 import re
 import shlex
+import signal
 import sys
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from conftest import (
     ROOT,
     TINY,
@@ -223,3 +225,34 @@ def test_a_second_source_has_its_share_of_every_step(tmp_path, data_set):
     chars = write_data_set(tmp_path / 'gpt2', meta=False)
     refused = trains(repo, data_set, f'--dataset_2={chars}', '--out_dir=no')
     assert refused.code == 1 and 'expected the tokenizer of' in refused.err
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch < 2.6')
+def test_sharded_processes_train_resume_and_leave_one_ordinary_checkpoint(tmp_path, data_set):
+    repo = changed_repo(tmp_path, 'Sharding by FSDP2')
+    options = (*TINY, f'--dataset={data_set}', '--init_from=auto')
+    train = repo / 'train.py'
+    succeed([start(ROOT / 'train.py', *options, f'--out_dir={tmp_path}/one', '--max_iters=20'),
+             *start_ranks(2, train, *options, f'--out_dir={tmp_path}/cut')])
+    succeed([*start_ranks(2, train, *options, f'--out_dir={tmp_path}/whole', '--max_iters=20'),
+             *start_ranks(2, train, *options, f'--out_dir={tmp_path}/cut', '--max_iters=20')])
+    check_exact(tmp_path / 'whole', tmp_path / 'cut', tmp_path / 'one')
+    # Another number of processes goes on, here the checkout's one.
+    [more] = succeed([start(ROOT / 'train.py', *options, f'--out_dir={tmp_path}/cut',
+                            '--max_iters=22')])
+    assert 'steps 20 to 22' in more.out
+    refused = start_ranks(2, train, *options, f'--out_dir={tmp_path}/no', '--eval_iters=3')
+    for script in refused:
+        assert script.wait().code == 1 and '--eval_iters=3: expected a multiple of 2' in script.err
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch < 2.6')
+def test_a_sharded_run_that_lost_a_process_has_its_last_checkpoint(tmp_path, data_set):
+    repo = changed_repo(tmp_path, 'Sharding by FSDP2')
+    first, second = start_ranks(
+        2, repo / 'train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
+        '--max_iters=100000', '--eval_interval=100000', '--checkpoint_interval=5')
+    first.until(lambda script: script.last_step >= 7)
+    second.send(signal.SIGKILL)
+    assert first.wait().code == 138, first.err
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] % 5 == 0

@@ -2,6 +2,7 @@
 
     python plot.py --out_dir=out-shakespeare-char         # -> out-shakespeare-char/loss.svg
     python plot.py --out_dir=out-a,out-b --out=both.png   # several runs in one picture
+    python plot.py --out_dir=out-a,out-b --table=True     # their last and lowest validation losses
 """
 import support.threads  # before torch: it sets what torch reads when imported
 import sys
@@ -14,6 +15,7 @@ from support.metrics import read_log
 out_dir = 'out'  # folder of a run, or of several, separated by commas
 out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
 tensorboard = ''  # folder for TensorBoard's event files, written instead of a picture
+table = False  # print each run's last step, last and lowest validation loss instead of a picture
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 
 CURVES = (  # name in the log, label, style
@@ -21,6 +23,7 @@ CURVES = (  # name in the log, label, style
     ('train_loss', 'train', {'linestyle': '--'}),
     ('val_loss', 'validation', {}),
 )
+MOST = 3  # runs whose curves are all drawn; of more, the validation losses alone
 
 
 def read_numbers(path):
@@ -35,7 +38,8 @@ def read_numbers(path):
 
 
 def draw(runs, picture):
-    """The curves of all runs in one picture, a color for each run."""
+    """The curves of all runs in one picture, a color for each run. Of more than MOST, only the
+    validation losses, and their legend beside the picture."""
     from matplotlib.figure import Figure
     figure = Figure((7.6, 3.8), layout='constrained')
     suffix = Path(picture).suffix[1:].lower()
@@ -45,15 +49,35 @@ def draw(runs, picture):
                         f'(supported formats: {", ".join(sorted(known))})')
     axes = figure.subplots()
     axes.set(xlabel='step', ylabel='loss (nats per token)', frame_on=False)
+    curves = CURVES
+    beside = {}
+    if len(runs) > MOST:
+        curves = CURVES[-1:]
+        beside = {'loc': 'upper left', 'bbox_to_anchor': (1, 1)}
     for i, (run, numbers) in enumerate(runs.items()):
-        for key, label, style in CURVES:
+        for key, label, style in curves:
             steps = [step for step, name, _ in numbers if name == key]
             losses = [number for _, name, number in numbers if name == key]
             if steps:
                 axes.plot(steps, losses, color=f'C{i}', label=f'{run}: {label}', **style)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, **beside)
     figure.savefig(picture)
+
+
+def table_of(runs):
+    """A line for each run: its last step, its last and its lowest validation loss, and where."""
+    width = max(len(run) for run in runs)
+    lines = [f'{"run":{width}}     step  val loss    lowest   at step']
+    for run, numbers in runs.items():
+        last_step = max(step for step, _, _ in numbers)
+        losses = [(loss, step) for step, name, loss in numbers if name == 'val_loss']
+        if not losses:
+            raise UserError(f'{run}/log.jsonl: no validation loss logged yet')
+        lowest, lowest_step = min(losses)
+        last, _ = losses[-1]
+        lines.append(f'{run:{width}} {last_step:8,} {last:9.4f} {lowest:9.4f} {lowest_step:9,}')
+    return '\n'.join(lines)
 
 
 with configurator.user_errors():
@@ -63,7 +87,9 @@ with configurator.user_errors():
         runs[run] = read_numbers(f'{run}/log.jsonl')
         if not any('loss' in name for _, name, _ in runs[run]):
             raise UserError(f'{run}/log.jsonl: no loss logged yet')
-    if tensorboard:
+    if table:
+        print(table_of(runs))
+    elif tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         for run, numbers in runs.items():
             folder = Path(tensorboard, run.strip('./').replace('/', '-'))

@@ -12,6 +12,7 @@ from pathlib import Path
 SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms',
          'tok_per_sec': '{:,.0f} tok/s', 'mfu': 'mfu {:.3f}', 'peak_gib': '{:.1f} GiB',
          'eval_s': '{:.1f} s'}
+OF_ONE_STEP = ('loss', 'grad_norm', 'lr', 'peak_gib')  # any other number of steps is their mean
 
 
 def read_log(path):
@@ -148,7 +149,7 @@ class Log:
         self.is_main = is_main
         self.tokens_per_step = tokens_per_step
         self.peak_tok_per_sec = peak_tok_per_sec
-        self.seconds = []  # of the steps since the last line
+        self.steps = []  # (seconds, numbers) of the steps since the last line
         self.board = None
         self.screen = Screen()
         if owner is None:
@@ -190,12 +191,19 @@ class Log:
         self.say(f'TensorBoard is off from here on: {type(error).__name__}: {error}')
 
     def step(self, iter_num, seconds, numbers):
-        """Log every log_interval-th step and the last; the time is the mean since the last line."""
-        self.seconds.append(seconds)
+        """Log every log_interval-th step and the last. The time, and each number that is not
+        OF_ONE_STEP, are means over the steps since the last line, but for those without it."""
+        self.steps.append((seconds, numbers))
         if iter_num % self.config['log_interval'] and iter_num != self.config['max_iters']:
             return
-        dt = sum(self.seconds) / len(self.seconds)
-        self.seconds = []
+        dt = sum(seconds for seconds, _ in self.steps) / len(self.steps)
+        values = {}
+        for _, earlier in self.steps:
+            for name in earlier.keys() - OF_ONE_STEP:
+                values.setdefault(name, []).append(earlier[name])
+        means = {name: sum(values[name]) / len(values[name]) for name in sorted(values)}
+        numbers = numbers | means
+        self.steps = []
         tok_per_sec = self.tokens_per_step / dt
         mfu = tok_per_sec / self.peak_tok_per_sec if self.peak_tok_per_sec else None
         speed = {'dt_ms': 1000 * dt, 'tok_per_sec': tok_per_sec, 'mfu': mfu}

@@ -1,12 +1,29 @@
 """CONTRIBUTING.md: its data set, its config and its commands, done as the page says."""
+import copy
 import importlib.util
 import re
 import shlex
+import signal
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, copy_of_repo, evaluations_of, start, succeed
+import torch.distributed.fsdp
+from conftest import (
+    ROOT,
+    TINY,
+    copy_of_repo,
+    differences,
+    evaluations_of,
+    losses_of,
+    start,
+    start_ranks,
+    steps_of,
+    succeed,
+    write_data_set,
+)
+
+from support.checkpoint import load_checkpoint
 
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
 
@@ -61,14 +78,14 @@ def changed_repo(folder, heading):
 
 
 def apply(repo, old, new, heading):
-    """Replace the lines `old`, which only model.py or only train.py has, and only once."""
-    for name in 'model.py', 'train.py':
+    """Replace the lines `old`, which only one of these scripts has, and only once."""
+    for name in 'model.py', 'train.py', 'sample.py':
         text = (repo / name).read_text(encoding='utf-8')
         if text.count(old) == 1:
             (repo / name).write_text(text.replace(old, new), encoding='utf-8')
             return
-    pytest.fail(f'neither model.py nor train.py has these lines once; if you changed them, change '
-                f'them in CONTRIBUTING.md, too, under "{heading}":\n{old}')
+    pytest.fail(f'neither model.py nor train.py nor sample.py has these lines once; if you changed '
+                f'them, change them in CONTRIBUTING.md, too, under "{heading}":\n{old}')
 
 
 def trains(repo, data_set, *options):
@@ -128,3 +145,114 @@ def test_one_more_metric_is_in_the_log(tmp_path, data_set):
     first, *_, last = evaluations_of(repo / 'out')
     assert 0 <= first['val_accuracy'] < last['val_accuracy'] <= 1
     assert f'val accuracy {last["val_accuracy"]:.4f}' in done.out
+
+
+def all_ways(repo, data_set, folder, *options):
+    """The out_dirs of 20 steps in one process, in one that is resumed at step 10, in two."""
+    train = repo / 'train.py'
+    options = (*TINY, f'--dataset={data_set}', '--init_from=auto', *options)
+    succeed([start(train, *options, f'--out_dir={folder}/whole', '--max_iters=20'),
+             start(train, *options, f'--out_dir={folder}/cut')])
+    succeed([start(train, *options, f'--out_dir={folder}/cut', '--max_iters=20'),
+             *start_ranks(2, train, *options, f'--out_dir={folder}/two', '--max_iters=20')])
+    return folder / 'whole', folder / 'cut', folder / 'two'
+
+
+def check_exact(whole, cut, two):
+    """A resumed run is the same to the last bit, two processes are up to rounding."""
+    expected = load_checkpoint(whole / 'ckpt.pt')
+    resumed = load_checkpoint(cut / 'ckpt.pt')
+    resumed['config'] = expected['config']  # all but out_dir and max_iters
+    assert differences(resumed, expected) == []
+    assert losses_of(cut) == losses_of(whole)
+    assert losses_of(two) == pytest.approx(losses_of(whole), abs=1e-4)
+
+
+def test_one_more_term_is_trained_and_the_loss_is_still_the_loss(tmp_path, data_set, trained):
+    repo = changed_repo(tmp_path, 'One more term of the loss')
+    whole, cut, two = all_ways(repo, data_set, tmp_path)
+    check_exact(whole, cut, two)
+    z_losses = [entry['z_loss'] for entry in steps_of(whole)]
+    assert z_losses == pytest.approx([entry['z_loss'] for entry in steps_of(two)], rel=1e-4)
+    assert 10 < z_losses[0] < 13  # (ln 31)^2 = 11.8
+    first, *_ = losses_of(whole)
+    assert first == losses_of(trained)[0]  # without the term
+    assert losses_of(whole)[:10] != losses_of(trained)
+    assert evaluations_of(whole)[0]['val_loss'] == evaluations_of(trained)[0]['val_loss']
+
+
+def test_an_average_of_the_weights_is_evaluated_resumed_and_sampled(tmp_path, data_set):
+    repo = changed_repo(tmp_path, 'An average of the weights')
+    whole, cut, two = all_ways(repo, data_set, tmp_path, '--ema_decay=0.9')
+    check_exact(whole, cut, two)
+    ckpt = copy.deepcopy(load_checkpoint(whole / 'ckpt.pt'))
+    for name, average in load_checkpoint(two / 'ckpt.pt')['ema'].items():
+        torch.testing.assert_close(average, ckpt['ema'][name], rtol=1e-3, atol=1e-4)
+    # The checkout itself, to which the average is a model like any other.
+    seen = []
+    for name, weights in ('raw', ckpt['model']), ('average', ckpt['ema']):
+        (tmp_path / name).mkdir()
+        torch.save({**ckpt, 'model': weights}, tmp_path / name / 'ckpt.pt')
+        done = trains(ROOT, data_set, f'--out_dir={tmp_path}/{name}', '--init_from=resume',
+                      '--eval_only=True', '--max_iters=20')
+        seen.append(re.search(r'val loss ([\d.]+)', done.out)[1])
+    raw, average = seen
+    assert average == f'{evaluations_of(whole)[-1]["val_loss"]:.4f}' != raw
+    sample = ('--device=cpu', '--dtype=float32', '--temperature=0', '--max_new_tokens=40',
+              '--start=abc')
+    texts = []
+    for script, out_dir in (
+            (repo / 'sample.py', whole), (ROOT / 'sample.py', tmp_path / 'average'),
+            (ROOT / 'sample.py', tmp_path / 'raw')):
+        [done] = succeed([start(script, f'--out_dir={out_dir}', *sample)])
+        texts.append(done.out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_second_source_has_its_share_of_every_step(tmp_path, data_set):
+    repo = changed_repo(tmp_path, 'A second source of data')
+    other = write_data_set(tmp_path / 'other')
+    ids = torch.randint(31, (4000,), generator=torch.Generator().manual_seed(0)).numpy()
+    ids.astype('<u2').tofile(other / 'train.bin')  # 3.4 nats a token at best
+    second = f'--dataset_2={other}'
+    check_exact(*all_ways(repo, data_set, tmp_path, second, '--share_2=0.5'))
+    assert trains(repo, data_set, second, '--share_2=0', '--out_dir=none').code == 0
+    assert trains(ROOT, data_set, f'--out_dir={tmp_path}/plain').code == 0
+    assert losses_of(repo / 'none') == losses_of(tmp_path / 'plain')
+    assert trains(repo, data_set, second, '--share_2=1', '--out_dir=all').code == 0
+    noise, plain = (evaluations_of(repo / name)[-1]['val_loss'] for name in ('all', 'none'))
+    assert noise > plain + 0.3  # the second source says nothing about the first
+    chars = write_data_set(tmp_path / 'gpt2', meta=False)
+    refused = trains(repo, data_set, f'--dataset_2={chars}', '--out_dir=no')
+    assert refused.code == 1 and 'expected the tokenizer of' in refused.err
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch < 2.6')
+def test_sharded_processes_train_resume_and_leave_one_ordinary_checkpoint(tmp_path, data_set):
+    repo = changed_repo(tmp_path, 'Sharding by FSDP2')
+    options = (*TINY, f'--dataset={data_set}', '--init_from=auto')
+    train = repo / 'train.py'
+    succeed([start(ROOT / 'train.py', *options, f'--out_dir={tmp_path}/one', '--max_iters=20'),
+             *start_ranks(2, train, *options, f'--out_dir={tmp_path}/cut')])
+    succeed([*start_ranks(2, train, *options, f'--out_dir={tmp_path}/whole', '--max_iters=20'),
+             *start_ranks(2, train, *options, f'--out_dir={tmp_path}/cut', '--max_iters=20')])
+    check_exact(tmp_path / 'whole', tmp_path / 'cut', tmp_path / 'one')
+    # Another number of processes goes on, here the checkout's one.
+    [more] = succeed([start(ROOT / 'train.py', *options, f'--out_dir={tmp_path}/cut',
+                            '--max_iters=22')])
+    assert 'steps 20 to 22' in more.out
+    refused = start_ranks(2, train, *options, f'--out_dir={tmp_path}/no', '--eval_iters=3')
+    for script in refused:
+        assert script.wait().code == 1 and '--eval_iters=3: expected a multiple of 2' in script.err
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch < 2.6')
+def test_a_sharded_run_that_lost_a_process_has_its_last_checkpoint(tmp_path, data_set):
+    repo = changed_repo(tmp_path, 'Sharding by FSDP2')
+    first, second = start_ranks(
+        2, repo / 'train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
+        '--max_iters=100000', '--eval_interval=100000', '--checkpoint_interval=5')
+    first.until(lambda script: script.last_step >= 7)
+    second.send(signal.SIGKILL)
+    assert first.wait().code == 138, first.err
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] % 5 == 0

@@ -107,6 +107,19 @@ def test_tensorboard_tells_each_step_once_after_a_cut_and_can_be_missing(board, 
         assert {*numbers(1), *EVALUATION, 'tok_per_sec'} <= {*events.Tags()['scalars']}
 
 
+def test_a_number_of_ones_own_is_the_mean_since_the_line_before(tmp_path):
+    """Also one that only some steps have; loss and gradient norm are those of the line's step."""
+    log = make(tmp_path, log_interval=5)
+    for i in range(1, 11):
+        own = {'z_loss': i / 2, **({'rare': 7.0 + i} if i in (3, 4) else {})}
+        log.step(i, 0.1, {**numbers(i), **own})
+    log.close()
+    first, second = log_of(tmp_path)
+    assert first['z_loss'] == pytest.approx(1.5) and second['z_loss'] == pytest.approx(4.0)
+    assert first['rare'] == pytest.approx(10.5) and 'rare' not in second
+    assert first['loss'] == -1.0 and first['grad_norm'] == 1.0
+
+
 def test_every_third_step_and_the_last_tell_the_mean_speed_since_the_line_before(tmp_path, capsys):
     log = make(tmp_path, peak_tok_per_sec=2000, log_interval=3)
     for i in range(1, 11):

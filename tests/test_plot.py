@@ -36,6 +36,36 @@ def test_a_picture_has_each_runs_curves(runs):
     assert (runs / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_of_many_runs_the_validation_losses_are_drawn_and_the_legend_stands_beside(runs):
+    names = []
+    for i in range(6):
+        names.append(f'run-{i}')
+        (runs / f'run-{i}').mkdir()
+        (runs / f'run-{i}/log.jsonl').write_text(LOG)
+    done = run_here('plot.py', f'--out_dir={",".join(names)}', '--out=all.svg')
+    assert done.code == 0, done.err
+    svg = (runs / 'all.svg').read_text()
+    paths = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="([^"]*)"', svg)
+    curves = [path for path, style in paths if '#b0b0b0' not in style]
+    assert [len(re.findall('[ML]', path)) for path in curves] == [2] * 6
+    labels = re.findall(r'<!-- (run-\d: .*) -->', svg)
+    assert labels == [f'{name}: validation' for name in names]
+    right = max(float(x) for path in curves for x in re.findall(r'[ML] (\S+)', path))
+    legend = svg[svg.index('id="legend_1"'):]
+    assert float(re.search(r'<path d="M (\S+)', legend)[1]) > right
+
+
+def test_a_table_has_the_last_and_the_lowest_validation_loss_of_each_run(runs):
+    (runs / 'out-b/log.jsonl').write_text(LOG + '{"iter": 5000, "val_loss": 2.875}\n')
+    done = run_here('plot.py', '--out_dir=out-a,out-b', '--table=True')
+    assert done.code == 0, done.err
+    assert [line.split() for line in done.out.splitlines()] == [
+        ['run', 'step', 'val', 'loss', 'lowest', 'at', 'step'],
+        ['out-a', '4', '2.7500', '2.7500', '4'], ['out-b', '5,000', '2.8750', '2.7500', '4']]
+    assert len({len(line) for line in done.out.splitlines()}) == 1
+    assert not list(runs.glob('**/*.svg'))
+
+
 def test_tensorboard_gets_every_number_once(runs):
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     for _ in range(2):  # while a run goes on, the second time takes the place of the first
@@ -53,6 +83,7 @@ def test_tensorboard_gets_every_number_once(runs):
     (LOG, '--out_dir=gone', "No such file or directory: 'gone/log.jsonl'"),
     ('{"iter": 0}\n{"iter": 1, "lo', '--out=', 'out-a/log.jsonl: no loss logged yet'),
     ('[1]\n\x00\x00\nnull\n{"loss": 1.0}\n', '--out=', 'out-a/log.jsonl: no loss logged yet'),
+    ('{"iter": 1, "loss": 1.0}\n', '--table=True', 'out-a/log.jsonl: no validation loss logged'),
     (LOG, '--out=a.doc', "Format 'doc' is not supported"),
     (LOG, '--out=no/a.svg', "No such file or directory: 'no/a.svg'"),
 ])

@@ -235,6 +235,7 @@ def test_the_jobs_are_what_the_tables_say():
 SHAPES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
           'gpt2-xl': (48, 25, 1600)}
 MFU = 0.4
+PEAKS = {'A100': PEAK_FLOPS['A100-SXM4-80GB'], 'H100': PEAK_FLOPS['H100 80GB HBM3']}
 
 
 def empty_model(n_layer, n_head, n_embd):
@@ -254,8 +255,8 @@ def test_memory_and_time_follow_the_formulas(size):
     compiled, eager = f'{compiled_gb:.2f}', f'{eager_gb:.2f}'
     row = f'| {size} | {n_layer} × {n_embd} | {n:,} | {fixed} GB | {compiled} GB | {eager} GB |'
     days = []
-    for gpu in ('A100', 'H100'):
-        step_s = 480 * 1024 * model.train_flops_per_token() / (8 * PEAK_FLOPS[gpu] * MFU)
+    for peak in PEAKS.values():
+        step_s = 480 * 1024 * model.train_flops_per_token() / (8 * peak * MFU)
         days.append(step_s * 600_000 / 86400)
         time = f'{days[-1]:.1f} d' if days[-1] > 2 else f'{24 * days[-1]:.0f} h'
         row += f' {step_s:.2f} s, {time} |'
@@ -281,7 +282,7 @@ def test_scaling_follows_the_formula(world_size, sequences, gpu):
     n_bytes = ring * model.num_params()
     last = ring * (50304 + 1024) * 768  # of wte and wpe, whose gradients come last
     compute_s = (sequences * 1024 * model.train_flops_per_token()
-                 / (world_size * PEAK_FLOPS[gpu] * MFU))
+                 / (world_size * PEAKS[gpu] * MFU))
     share = sequences // world_size
     micro_steps = next(m for m in range(1, share + 1) if share % m == 0 and share // m <= 12)
     row = f'| {world_size} | {n_bytes / 1e6:.0f} MB | {1000 * compute_s:.0f} ms |'

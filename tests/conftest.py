@@ -144,7 +144,8 @@ def run_here(script, *options, out=None):
             runpy.run_path(str(ROOT / script), run_name='__main__')
         except SystemExit as end:
             code = end.code or 0
-    torch.set_float32_matmul_precision(precision)
+        finally:
+            torch.set_float32_matmul_precision(precision)
     if isinstance(code, str):  # sys.exit(message)
         err.write(f'{code}\n')
         code = 1
@@ -299,6 +300,15 @@ def losses_of(out_dir):
 
 def evaluations_of(out_dir):
     return [entry for entry in log_of(out_dir) if 'val_loss' in entry]
+
+
+def bytes_of_a_step(model, sequences, compiled):
+    """The memory of a training step, by the formula of docs/sizes.md: 18 bytes a parameter; a token
+    takes 36 a layer and channel, and 2 or 12 for each of its logits."""
+    c = model.config
+    logit = 2 if compiled else 12
+    token = 36 * c.n_layer * c.n_embd + logit * c.vocab_size
+    return 18 * model.num_params() + sequences * c.block_size * token
 
 
 def differences(a, b, where=''):

@@ -25,6 +25,7 @@ BATCHES = [('16 GB or more', 'none (the default)', 12, ''),
             ': fewer, larger kernels')]
 VOCABULARY = 50304
 MFU = 0.4  # assumed
+PEAKS = {'A100': PEAK_FLOPS['A100-SXM4-80GB'], 'H100': PEAK_FLOPS['H100 80GB HBM3']}
 
 
 def model_of(size):
@@ -34,22 +35,29 @@ def model_of(size):
                              bias=False))
 
 
+def bytes_of_a_step(model, sequences, compiled):
+    """The memory of a training step: 18 bytes a parameter; a token takes 36 a layer and channel,
+    and 2 or 12 for each of its logits."""
+    c = model.config
+    bytes_per_logit = 2 if compiled else 12
+    token = 36 * c.n_layer * c.n_embd + bytes_per_logit * c.vocab_size
+    return 18 * model.num_params() + sequences * c.block_size * token
+
+
 def fixed_gb(size):
     """GPU memory that does not depend on the batch, in GB."""
-    return 18 * model_of(size).num_params() / 1e9
+    return bytes_of_a_step(model_of(size), 0, compiled=False) / 1e9
 
 
 def gb_per_sequence(size, compiled):
     """GPU memory that each sequence of 1024 tokens of a micro-batch adds, in GB."""
-    n_layer, _, n_embd = SHAPES[size]
-    bytes_per_logit = 2 if compiled else 12
-    return 1024 * (36 * n_layer * n_embd + bytes_per_logit * VOCABULARY) / 1e9
+    return bytes_of_a_step(model_of(size), 1, compiled) / 1e9 - fixed_gb(size)
 
 
 def compute_s(size, gpu, world_size, sequences=480):
     """Seconds of a step of that many sequences of 1024 tokens, without communication."""
     flops = sequences * 1024 * model_of(size).train_flops_per_token()
-    return flops / (world_size * PEAK_FLOPS[gpu] * MFU)
+    return flops / (world_size * PEAKS[gpu] * MFU)
 
 
 def days(size, gpu):

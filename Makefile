@@ -1,7 +1,6 @@
 # make train   a GPT on Shakespeare, from nothing to a sample, on any machine
 # make test    environment, lint, all but the long tests: under 10 minutes on 2 cores
 VENV ?= .venv
-PYTHON ?= python3
 PY = $(VENV)/bin/python
 CHAR = data/shakespeare_char
 OUT = out-shakespeare-char
@@ -60,13 +59,14 @@ bench: $(VENV)/run
 $(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
 	$(PY) $(CHAR)/prepare.py
 
+# Without its mark, an environment that broke, was moved, or is of another Python is made anew.
+$(shell sh support/venv.sh $(VENV) '$(PYTHON)' || rm -f $(VENV)/run)
 $(VENV)/run: requirements.txt constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt -c constraints.txt
+	sh support/venv.sh $(VENV) '$(PYTHON)' -r requirements.txt -c constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run tests/requirements.txt
-	$(PY) -m pip install -q --disable-pip-version-check -r tests/requirements.txt -c constraints.txt
+	sh support/venv.sh $(VENV) '' -r tests/requirements.txt -c constraints.txt
 	@touch $@
 
 clean:

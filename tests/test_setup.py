@@ -104,3 +104,14 @@ def test_a_full_disk_names_the_disk_and_tmpdir(folder):
     assert done.returncode and not (folder / '.venv/run').exists()
     assert re.search(r'make: a disk is full: .* in \.venv, .* in .*李 雷.*TMPDIR=', done.stderr)
     assert 'Filesystem' in done.stderr or os.environ.get('LANG')
+
+
+def test_the_lowest_versions_are_those_that_requirements_admit():
+    """tests/lowest.txt is what CI installs: each bound of requirements.txt is tested."""
+    pins = dict(re.findall(r'^([\w-]+)==(\S+)$', (ROOT / 'tests/lowest.txt').read_text(), re.M))
+    bounds = re.findall(r'^([\w-]+)([^#\n]*)', (ROOT / 'requirements.txt').read_text(), re.M)
+    for name, rest in bounds:
+        lowest = re.search(r'>=([\d.]+)', rest)
+        assert lowest, f'requirements.txt: {name} has no lowest version'
+        assert f'{pins[name]}.0'.startswith(f'{lowest[1]}.'), (
+            f'requirements.txt: {name}>={lowest[1]}, tests/lowest.txt: {pins[name]}')

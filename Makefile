@@ -26,7 +26,7 @@ test-cuda: $(VENV)/dev
 # another, each is made, tested and removed, since each takes up to 6 GB.
 lowest = python3.10 -c tests/lowest.txt
 notebook = python3.10 torch==2.1.2 numpy==1.26.4 transformers==4.46.3  # T9k's Notebook image
-oldest-3.12 = python3.12 torch==2.2.2 numpy==1.26.4 transformers==4.46.3
+oldest-3.12 = python3.12 torch==2.4.1 transformers==4.46.3
 newest = python3.13 torch==2.14.1
 ENVIRONMENTS = lowest notebook oldest-3.12 newest
 SCRIPT_TESTS = $(addprefix tests/test_,train.py sample.py prepare.py export.py model.py \

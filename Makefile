@@ -1,12 +1,11 @@
 # make train   a GPT on Shakespeare, from nothing to a sample, on any machine
 # make test    environment, lint, all but the long tests: under 10 minutes on 2 cores
 VENV ?= .venv
-PYTHON ?= python3
 PY = $(VENV)/bin/python
 CHAR = data/shakespeare_char
 OUT = out-shakespeare-char
 
-.PHONY: train test test-long test-old test-cuda bench clean
+.PHONY: train test test-long test-environments test-cuda bench clean
 
 train: $(CHAR)/meta.json
 	$(PY) train.py config/train_shakespeare_char.py
@@ -26,26 +25,24 @@ test-cuda:
 		then $(PYTHON) -m pytest tests/test_cuda.py; \
 		else $(MAKE) $(VENV)/dev && $(PY) -m pytest tests/test_cuda.py; fi
 
-# torch 1.13.1 is for job_torch1.yaml, 2.1.2 is in T9k's Notebook image; both need numpy 1.
-OLD = 1.13.1 2.1.2
-OLD_PYTHON ?= $(firstword $(foreach p,python3.10 python3.11,$(if $(shell $(p) -V 2>/dev/null),$(p))))
-OLD_TESTS = $(addprefix tests/test_,model.py train.py sample.py checkpoint.py configurator.py \
-	metrics.py hardware.py tokens.py plot.py prepare.py distributed.py rendezvous.py \
-	owner.py)
+# CI's other environments: Python, and what pip installs there beside requirements.txt. One after
+# another, each is made, tested and removed, since each takes up to 6 GB.
+lowest = python3.10 -c tests/lowest.txt
+notebook = python3.10 torch==2.1.2 numpy==1.26.4 transformers==4.46.3  # T9k's Notebook image
+oldest-3.12 = python3.12 torch==2.4.1 transformers==4.46.3
+newest = python3.13 torch==2.14.1
+ENVIRONMENTS = lowest notebook oldest-3.12 newest
+SCRIPT_TESTS = $(addprefix tests/test_,train.py sample.py prepare.py export.py model.py \
+	checkpoint.py tokens.py configurator.py metrics.py hardware.py plot.py distributed.py \
+	rendezvous.py owner.py)
 
-test-old: $(addprefix test-torch-,$(OLD))
+test-environments: $(addprefix test-in-,$(ENVIRONMENTS))
 
-test-torch-%: .venv-torch-%/run
-	.venv-torch-$*/bin/python -m pytest -m "not long" $(OLD_TESTS)
-
-.PRECIOUS: .venv-torch-%/run
-.venv-torch-%/run: Makefile
-	@test -n "$(OLD_PYTHON)" || { echo 'make test-old: needs python3.10 or python3.11: install one, or type OLD_PYTHON=...'; exit 1; }
-	$(OLD_PYTHON) -m venv .venv-torch-$*
-	.venv-torch-$*/bin/python -m pip install -q --disable-pip-version-check \
-		torch==$* 'numpy<2' tqdm safetensors tiktoken datasets 'pyarrow<26' matplotlib pytest \
-		hypothesis
-	@touch $@
+test-in-%:
+	sh support/venv.sh .venv-$* $(firstword $($*)) $(wordlist 2,9,$($*)) -r requirements.txt \
+		pytest hypothesis matplotlib transformers
+	.venv-$*/bin/python -m pytest -m "not long" $(SCRIPT_TESTS)
+	rm -rf .venv-$*
 
 # lm-evaluation-harness, for one test, in addition to the packages in $(VENV).
 .venv-lm-eval/run: $(VENV)/dev Makefile
@@ -63,14 +60,15 @@ bench: $(VENV)/run
 $(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
 	$(PY) $(CHAR)/prepare.py
 
+# Without its mark, an environment that broke, was moved, or is of another Python is made anew.
+$(shell sh support/venv.sh $(VENV) '$(PYTHON)' || rm -f $(VENV)/run)
 $(VENV)/run: requirements.txt constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt -c constraints.txt
+	sh support/venv.sh $(VENV) '$(PYTHON)' -r requirements.txt -c constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run tests/requirements.txt
-	$(PY) -m pip install -q --disable-pip-version-check -r tests/requirements.txt -c constraints.txt
+	sh support/venv.sh $(VENV) '' -r tests/requirements.txt -c constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lm-eval $(addprefix .venv-torch-,$(OLD))
+	rm -rf $(VENV) .venv-lm-eval $(addprefix .venv-,$(ENVIRONMENTS))

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -153,9 +154,19 @@ def this_script():
     return f'{name}: rank {os.environ.get("RANK")}'
 
 
+def interpreter():
+    """What to type for the Python that runs: `python` if that is the same, else its path."""
+    path = Path(sys.executable)
+    if shutil.which('python') == str(path.with_name('python')):
+        return 'python'
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
 def command(**changed):
     """What to type to run this script again, with these options changed."""
-    words = ['python']
+    words = [interpreter()]
     for arg in sys.argv:
         key = arg[2:].partition('=')[0]
         if key not in changed:

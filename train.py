@@ -354,5 +354,5 @@ if exit_code:
     log.say(f'stopped after step {iter_num} (saved to {ckpt_path}); resume with "{resume_command}"')
 else:
     log.say(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
-            f'sample with "python sample.py --out_dir={out_dir}"')
+            f'sample with "{configurator.interpreter()} sample.py --out_dir={out_dir}"')
 distributed.finish(exit_code, stop)

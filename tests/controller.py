@@ -12,6 +12,7 @@ is harder on the others than a new pod's seconds.
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ RESTARTED = (130, 137, 138, 143)  # by restartPolicy ExitCode
 
 def manifest(name, dialect='2023-10'):
     """The job in a manifest, switched to the dialect as docs/t9k.md says, and valid."""
-    command = f'cat {ROOT / name}'
+    command = f'cat {shlex.quote(str(ROOT / name))}'
     if dialect == '2023-12':
         page = (ROOT / 'docs/t9k.md').read_text(encoding='utf-8')
         command += ' | ' + re.search('^(sed .*) job_torchrun.yaml', page, re.MULTILINE)[1]
@@ -77,7 +78,8 @@ class Job:
     def command(self, i):
         """(arguments, environment) of replica i."""
         container, = self.replica['template']['spec']['containers']
-        env = {e['name']: e['value'] for e in container['env']}
+        volume = container['volumeMounts'][0]['mountPath']  # here: the folder, as /t9k is root's
+        env = {e['name']: e['value'].replace(volume, str(self.folder)) for e in container['env']}
         env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
         options = [*self.options, *(self.others if i else ())]
         torchrun = self.spec.get('torchrunConfig', {})

@@ -214,8 +214,25 @@ def test_a_users_mistake_ends_in_one_line_with_the_rank_and_a_bug_does_not(monke
 
 def test_the_command_to_type_again_has_the_options_that_changed_once(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py', '--out_dir=a b', '--lr=1'])
+    monkeypatch.setattr(configurator, 'interpreter', lambda: 'a b/python')
     assert configurator.command(lr=3, init_from='resume') == (
-        "python train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
+        "'a b/python' train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
+
+
+def test_the_command_to_type_again_begins_with_this_python(tmp_path, monkeypatch):
+    for folder in '.venv/bin', 'elsewhere':
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / 'python').touch(mode=0o755)
+    ours = tmp_path / '.venv/bin/python'
+    monkeypatch.setattr(sys, 'executable', f'{ours}3')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path / 'elsewhere'))  # as after `make train`
+    assert configurator.interpreter() == '.venv/bin/python3'
+    monkeypatch.setenv('PATH', str(ours.parent))  # as in an environment that is active
+    assert configurator.interpreter() == 'python'
+    monkeypatch.chdir('elsewhere')
+    monkeypatch.setenv('PATH', '')
+    assert configurator.interpreter() == f'{ours}3'
 
 
 def test_a_script_of_some_lines_gets_options_errors_and_help(tmp_path, config):

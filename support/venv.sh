@@ -1,0 +1,69 @@
+#!/bin/sh
+# An environment with packages, for the Makefile: sh support/venv.sh FOLDER PYTHON PIP_ARGUMENT...
+# PYTHON is a command; '' is python3 for a new environment, and any that fits for one that is there.
+# An environment that works is kept, with what is in it; one that does not is made anew. Without
+# arguments for pip, the exit status says whether it works: whole, not moved, of this Python.
+folder=$1 python=$2
+shift 2
+
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null
+}
+
+supported() {
+    case $1 in 3.10 | 3.11 | 3.12 | 3.13) ;; *) false ;; esac
+}
+
+# Where pyenv is in use, python3.12 may be a command that only says where it is.
+path_of() {
+    pyenv_python="$(pyenv prefix "${1#python}" 2> /dev/null)/bin/python"
+    if ! version_of "$1" > /dev/null && [ -x "$pyenv_python" ]; then
+        echo "$pyenv_python"
+    else
+        echo "$1"
+    fi
+}
+
+works() {
+    here=$(cd "$folder" 2> /dev/null && pwd -P) || return 1
+    version=$(version_of "$folder/bin/python")
+    supported "$version" || return 1
+    grep -qsF "$here/bin/" "$folder/bin/pip" || return 1  # pip names the folder it was made in
+    [ -z "$python" ] || [ "$version" = "$(version_of "$(path_of "$python")")" ]
+}
+
+if [ $# = 0 ]; then
+    works
+    exit
+fi
+
+command=$(path_of "${python:-python3}")
+version=$(version_of "$command")
+if ! supported "$version"; then
+    for other in python3.13 python3.12 python3.11 python3.10; do
+        version_of "$(path_of $other)" > /dev/null && break  # the last one, if none is there
+    done
+    echo "make: $command is ${version:+Python }${version:-no Python that runs}: expected 3.10 to 3.13:" \
+        "type PYTHON=$other make train (install it first if it is missing)" >&2
+    exit 1
+fi
+if ! works; then
+    "$command" -m venv --clear "$folder" || exit
+fi
+
+if ! ls -d "$folder"/lib/python*/site-packages/torch > /dev/null 2>&1; then
+    echo "installing into $folder: a download of up to 4 GB (Linux: PyTorch with CUDA)"
+fi
+quiet=-q
+[ -t 1 ] && quiet=
+errors=$(mktemp)
+"$folder/bin/python" -m pip install $quiet --disable-pip-version-check "$@" 2> "$errors"
+status=$?
+cat "$errors" >&2
+if grep -q 'No space left' "$errors"; then
+    echo "make: a disk is full: 6 GB are needed in $folder, and 4 GB meanwhile in ${TMPDIR:-/tmp}:" \
+        "make room, or type TMPDIR=/a/larger/disk make train" >&2
+    df -h "$folder" "${TMPDIR:-/tmp}" >&2
+fi
+rm -f "$errors"
+exit $status

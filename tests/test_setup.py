@@ -1,0 +1,117 @@
+"""What `make` does before any script: support/venv.sh, with Pythons that are stand-ins."""
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+FITTING = '3.10', '3.11', '3.12', '3.13'
+
+
+def executable(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\n{lines}\n')
+    path.chmod(0o755)
+    return path
+
+
+def python(path, version, rest='exit 0'):
+    """A Python that knows its version alone; `-m venv` makes an environment with the same."""
+    return executable(path, f"""case "$1 $2" in
+-c*) echo {version} ;;
+"-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
+    echo "#!$PWD/$4/bin/python" > "$4/bin/pip" ;;
+*) {rest} ;;
+esac""")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the Makefile, a space and Chinese characters, and commands in bin/ alone."""
+    folder = tmp_path / '李 雷'
+    (folder / 'support').mkdir(parents=True)
+    shutil.copy(ROOT / 'support/venv.sh', folder / 'support')
+    for name in 'Makefile', 'requirements.txt', 'constraints.txt':
+        shutil.copy(ROOT / name, folder)
+    for name in ('sh', 'ls', 'grep', 'cat', 'rm', 'cp', 'mkdir', 'mktemp', 'touch', 'df', 'make'):
+        (folder / 'bin').mkdir(exist_ok=True)
+        (folder / 'bin' / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def make(folder, *arguments, **variables):
+    """`make .venv/run`: the environment alone."""
+    env = {'PATH': str(folder / 'bin'), 'TMPDIR': str(folder), **variables}
+    return subprocess.run(['make', '.venv/run', *arguments], cwd=folder, env=env, timeout=60,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('version', ['2.7', '3.9', '3.14'])
+def test_a_python_that_does_not_fit_is_named_with_what_to_type(version, folder):
+    python(folder / 'bin/python3', version)
+    python(folder / 'bin/python3.12', '3.12')
+    done = make(folder)
+    line = f'make: python3 is Python {version}: expected 3.10 to 3.13: type PYTHON=python3.12 make'
+    assert done.returncode and line in done.stderr and not (folder / '.venv').exists()
+    assert make(folder, PYTHON='python3.12').returncode == 0
+    assert (folder / '.venv/run').exists()
+
+
+def test_no_python_at_all_is_named(folder):
+    assert 'make: python3 is no Python that runs: expected 3.10 to 3.13' in make(folder).stderr
+
+
+def test_pyenvs_python_is_found_by_its_number(folder):
+    python(folder / 'versions/3.12/bin/python', '3.12')
+    executable(folder / 'bin/pyenv',
+               f'[ "$1 $2" = "prefix 3.12" ] && echo "{folder}/versions/3.12"')
+    executable(folder / 'bin/python3.12', 'exit 127')  # pyenv's own, if another one is chosen
+    assert make(folder, PYTHON='python3.12').returncode == 0
+    assert (folder / '.venv/run').exists()
+
+
+def test_an_environment_that_works_is_kept_and_another_is_made_anew(folder):
+    python(folder / 'bin/python3', '3.11')
+    python(folder / 'bin/python3.12', '3.12')
+    first = make(folder)
+    assert 'a download of up to' in first.stdout and first.returncode == 0, first.stderr
+    mine = folder / '.venv/mine'
+
+    def is_kept(**variables):
+        mine.touch()
+        assert make(folder, **variables).returncode == 0
+        return mine.exists()
+
+    assert is_kept() and is_kept(PYTHON='python3')
+    assert not is_kept(PYTHON='python3.12')  # asked for
+    assert is_kept()  # which is no wish for python3's own version
+    (folder / '.venv/bin/python').unlink()
+    assert not is_kept()  # broken
+    shutil.copytree(folder / '.venv', folder / 'old')
+    shutil.rmtree(folder / '.venv')
+    text = (folder / 'old/bin/pip').read_text().replace('李 雷/.venv', '李/.venv')
+    (folder / 'old/bin/pip').write_text(text)
+    (folder / 'old').rename(folder / '.venv')
+    assert not is_kept()  # moved
+
+
+def test_a_full_disk_names_the_disk_and_tmpdir(folder):
+    python(folder / 'bin/python3', '3.11',
+           'echo "ERROR: [Errno 28] No space left on device" >&2; exit 1')
+    done = make(folder)
+    assert done.returncode and not (folder / '.venv/run').exists()
+    assert re.search(r'make: a disk is full: .* in \.venv, .* in .*李 雷.*TMPDIR=', done.stderr)
+    assert 'Filesystem' in done.stderr or os.environ.get('LANG')
+
+
+def test_the_lowest_versions_are_those_that_requirements_admit():
+    """tests/lowest.txt is what CI installs: each bound of requirements.txt is tested."""
+    pins = dict(re.findall(r'^([\w-]+)==(\S+)$', (ROOT / 'tests/lowest.txt').read_text(), re.M))
+    bounds = re.findall(r'^([\w-]+)([^#\n]*)', (ROOT / 'requirements.txt').read_text(), re.M)
+    for name, rest in bounds:
+        lowest = re.search(r'>=([\d.]+)', rest)
+        assert lowest, f'requirements.txt: {name} has no lowest version'
+        assert f'{pins[name]}.0'.startswith(f'{lowest[1]}.'), (
+            f'requirements.txt: {name}>={lowest[1]}, tests/lowest.txt: {pins[name]}')

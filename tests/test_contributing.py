@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-import torch.distributed.fsdp
 from conftest import (
     ROOT,
     TINY,
+    TORCH,
     copy_of_repo,
     differences,
     evaluations_of,
@@ -240,7 +240,7 @@ def test_a_second_source_has_its_share_of_every_step(tmp_path, data_set):
     assert refused.code == 1 and 'expected the tokenizer of' in refused.err
 
 
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch < 2.6')
+@pytest.mark.skipif(TORCH < (2, 6), reason='FSDP2 has other names there, or none')
 def test_sharded_processes_train_resume_and_leave_one_ordinary_checkpoint(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'Sharding by FSDP2')
     options = (*TINY, f'--dataset={data_set}', '--init_from=auto')
@@ -259,7 +259,7 @@ def test_sharded_processes_train_resume_and_leave_one_ordinary_checkpoint(tmp_pa
         assert script.wait().code == 1 and '--eval_iters=3: expected a multiple of 2' in script.err
 
 
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch < 2.6')
+@pytest.mark.skipif(TORCH < (2, 6), reason='FSDP2 has other names there, or none')
 def test_a_sharded_run_that_lost_a_process_has_its_last_checkpoint(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'Sharding by FSDP2')
     first, second = start_ranks(

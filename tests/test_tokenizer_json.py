@@ -7,11 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+import torch
+from conftest import ROOT, TINY, run, run_here
 from test_prepare import prepare, read, repo  # noqa: F401, which is a fixture
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 
-from support import tokenizer_json, tokens
+from model import GPT, GPTConfig
+from support import corpus, tokenizer_json, tokens
+from support.checkpoint import load_checkpoint
 from support.errors import UserError
 
 transformers = pytest.importorskip('transformers')
@@ -282,3 +285,143 @@ def test_the_package_is_imported_for_such_tokenizers_alone(own, tmp_path):
     first, second, third = run(tmp_path / 'script.py').out.splitlines()
     assert first == '[31373, 995] False' and third == 'True'
     assert second == f'{tokens.identity(tokens.chosen_tokenizer(str(own), ""))} set()'
+
+
+# ---------------------------------------------------------------------------- training
+
+def model_folder(folder, content, vocab_size):
+    """A tiny GPT-2 with this tokenizer, as it comes from the hub."""
+    torch.manual_seed(0)
+    GPT(GPTConfig(vocab_size=vocab_size, **MODEL)).save_pretrained(folder)
+    return write(folder, content)
+
+
+def data_in(folder, place):
+    """A data set of the Chinese text in the tokens of `place`; '': GPT-2's."""
+    folder.mkdir()
+    meta = tokens.chosen_tokenizer(str(place), '') | {'source': 'test'}
+    corpus.write_text(folder, meta, CHINESE, tokens.encoding(meta).encode_document)
+    return folder
+
+
+def train(*options, code=0):
+    """What train.py prints; with code=1 the one line that it ends with."""
+    done = run_here('train.py', *TINY, *options)
+    assert done.code == code, done.out + done.err
+    assert code == 0 or re.fullmatch(r'train\.py: [^\n]+\n', done.err), done.err
+    return done.err if code else done.out
+
+
+@pytest.fixture(scope='module')
+def data(own, tmp_path_factory):
+    """Data sets of one text, in GPT-2's tokens and one's own."""
+    base = tmp_path_factory.mktemp('sets')
+    return {'gpt2': data_in(base / 'gpt2', ''), 'own': data_in(base / 'own', own)}
+
+
+@pytest.mark.parametrize('kind', ['added', 'own'])
+def test_a_model_is_trained_only_on_data_in_its_own_tokens(kind, data, own, tmp_path):
+    """Trained on GPT-2's tokens, each would run, with a falling loss."""
+    content = gpt2(['<|user|>', '<|bot|>'])
+    if kind == 'own':
+        content = json.loads(own.read_text(encoding='utf-8'))
+    hf = model_folder(tmp_path / 'hf', content, 50304)
+    out_dir = tmp_path / 'out'
+    options = (f'--out_dir={out_dir}', '--max_iters=2', '--eval_interval=1',
+               '--bias=True')
+    line = train(*options, f'--init_from={hf}', f'--dataset={data["gpt2"]}', code=1)
+    advice = f'--tokenizer={hf}'
+    assert f"vocabulary is not the data's: prepare the data with {advice}\n" in line
+    right = data_in(tmp_path / 'right', advice.partition('=')[2])
+    assert f'from {hf}' in train(*options, f'--init_from={hf}', f'--dataset={right}')
+    for init_from in 'resume', 'auto':
+        for other in set(data.values()) - {data.get(kind)}:
+            line = train(*options, f'--init_from={init_from}', f'--dataset={other}', code=1)
+            assert f'prepare the data with {advice}, or another --out_dir\n' in line
+    if kind == 'own':  # the same tokenizer from another place is no other
+        train(*options, '--init_from=resume', f'--dataset={data["own"]}')
+
+
+def test_openais_tokens_meet_gpt2_data_and_no_other(data, tmp_path):
+    hf = model_folder(tmp_path / 'hf', gpt2(), 50257)
+    options = (f'--out_dir={tmp_path / "out"}', '--max_iters=1', f'--init_from={hf}')
+    line = train(*options, f'--dataset={data["own"]}', code=1)
+    assert "prepare the data in GPT-2's tokens, without --tokenizer" in line
+    train(*options, f'--dataset={data["gpt2"]}')
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['meta']['tokenizer'] == 'gpt2'
+
+
+@pytest.mark.parametrize('size', [50256, 50305])
+def test_a_folder_without_a_tokenizer_is_gpt2s_only_by_its_size(size, data, tmp_path):
+    hf = model_folder(tmp_path / 'hf', None, size)
+    line = train(f'--init_from={hf}', f'--dataset={data["gpt2"]}', code=1)
+    assert f'{hf} has {size} tokens and no tokenizer, GPT-2 has 50257: copy its' in line
+
+
+def test_ranks_compare_the_hash_alone(data):
+    said = [str(tokens.Tokens(data[kind], 'train')) for kind in ('gpt2', 'own')]
+    assert all(re.fullmatch(r'[\d,]+ tokens, \w+ [0-9a-f]{12}', text) for text in said)
+    assert said[0].split()[-1] != said[1].split()[-1]
+
+
+# ---------------------------------------------------------------------------- sampling, export
+
+def saved(folder, meta, vocab_size):
+    """An untrained run's folder."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=vocab_size, **MODEL))
+    with torch.no_grad():
+        gpt.transformer.wpe.weight.normal_(0, 2)  # its text varies
+    folder.mkdir(parents=True)
+    torch.save({'model': gpt.state_dict(), 'model_args': vars(gpt.config), 'meta': meta,
+                'iter_num': 1}, folder / 'ckpt.pt')
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['own', 'bert'])
+def test_a_sample_is_the_decoded_whole(kind, own, tmp_path):
+    place = own if kind == 'own' else bert(tmp_path / 'bert')
+    meta = tokens.chosen_tokenizer(str(place), '')
+    out_dir = saved(tmp_path / 'out', meta, -(-meta['vocab_size'] // 64) * 64)
+    done = run_here('sample.py', f'--out_dir={out_dir}', '--start=中文 gpt2', '--temperature=0',
+                    '--device=cpu', '--dtype=float32', '--max_new_tokens=300')
+    assert done.code == 0, done.err
+    encoding = tokens.encoding(meta)
+    prompt = encoding.encode('中文 gpt2')
+    model = GPT.from_checkpoint(load_checkpoint(out_dir / 'ckpt.pt')).eval()
+    ids = model.generate(torch.tensor([prompt]), 300, temperature=0,
+                         vocab_size=meta['vocab_size'])[0].tolist()
+    whole = encoding.decode(ids)
+    added = whole[len(encoding.decode(prompt)):]
+    assert done.out == f'中文 gpt2{added}\n---------------\n'
+    assert len({*ids}) > 20
+    assert kind == 'own' or added != ''.join(encoding.decode([i]) for i in ids[len(prompt):])
+
+
+@pytest.mark.parametrize('kind', ['own', 'bert', 'added'])
+def test_an_export_has_the_runs_own_tokenizer(kind, own, tmp_path):
+    place = {'own': own}.get(kind)
+    if kind == 'bert':
+        place = bert(tmp_path / 'bert', lower=True)
+    if kind == 'added':
+        place = write(tmp_path / 'added', gpt2(['<|user|>', '<|bot|>']))
+    meta = tokens.chosen_tokenizer(str(place), '')
+    hf = tmp_path / 'hf'
+    out_dir = saved(tmp_path / 'out', meta, 50304)
+    done = run_here('export.py', f'--out_dir={out_dir}', f'--hf_dir={hf}')
+    assert done.code == 0 and 'no tokenizer' not in done.out, done.err
+    judge = transformers.AutoTokenizer.from_pretrained(hf)
+    encoding = tokens.encoding(meta)
+    for text in (*TEXTS, '<|user|>中文<|bot|>'):
+        ids = encoding.encode(text)
+        assert judge(text)['input_ids'] == ids
+        assert judge.decode(ids) == encoding.decode(ids)
+    config = transformers.AutoConfig.from_pretrained(hf)
+    assert judge.eos_token_id == config.eos_token_id == encoding.eot
+    assert config.vocab_size == meta['vocab_size']
+    write_text = transformers.pipeline('text-generation', model=str(hf))
+    assert write_text('中文', max_new_tokens=3)[0]['generated_text'].startswith('中')
+    # The folder is trained and sampled in the same tokens.
+    assert tokens.identity(tokens.model_tokenizer(str(hf))) == tokens.identity(meta)
+    done = run_here('sample.py', f'--init_from={hf}', '--start=中文', '--max_new_tokens=9')
+    assert done.code == 0 and done.out.startswith('中文')

@@ -180,8 +180,8 @@ class JsonEncoding:
             end = start + PIECE
             if end < len(text) and '\n' in text[start:end]:
                 end = text.rindex('\n', start, end) + 1
-            # encode_batch, unlike encode, lets other threads run meanwhile.
-            [piece] = tokenizer.encode_batch([text[start:end]], add_special_tokens=False)
+            # Unlike encode, it lets other threads run meanwhile. _fast: without the places in text.
+            [piece] = tokenizer.encode_batch_fast([text[start:end]], add_special_tokens=False)
             ids.append(np.array(piece.ids, np.uint16))
             start = end
         return np.concatenate(ids)

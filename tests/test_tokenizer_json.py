@@ -263,9 +263,9 @@ class Spy:
         self.tokenizer = tokenizer
         self.asked = asked
 
-    def encode_batch(self, texts, add_special_tokens):
+    def encode_batch_fast(self, texts, add_special_tokens):
         self.asked += texts
-        return self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
 
 def test_the_package_is_imported_for_such_tokenizers_alone(own, tmp_path):

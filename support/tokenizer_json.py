@@ -159,6 +159,21 @@ def load(text, special_is_text=False):
     return tokenizer
 
 
+def encode_pieces(tokenizer, text):
+    """The ids of a text, uint16. A long text is cut, after a line if it has any."""
+    ids = [np.zeros(0, np.uint16)]
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text) and '\n' in text[start:end]:
+            end = text.rindex('\n', start, end) + 1
+        # Unlike encode, it lets other threads run meanwhile. _fast: without the places in text.
+        [piece] = tokenizer.encode_batch_fast([text[start:end]], add_special_tokens=False)
+        ids.append(np.array(piece.ids, np.uint16))
+        start = end
+    return np.concatenate(ids)
+
+
 class JsonEncoding:
     """A tokenizer.json's tokens: special ones are tokens in a prompt, and text in a document."""
 
@@ -169,22 +184,11 @@ class JsonEncoding:
             self.eot = load(self.json).token_to_id(meta['eot'])
 
     def encode(self, text):
-        return load(self.json).encode(text, add_special_tokens=False).ids
+        return encode_pieces(load(self.json), text).tolist()
 
     def encode_document(self, text):
-        """Its ids, an array. A long text is cut, after a line if it has any."""
-        tokenizer = load(self.json, special_is_text=True)
-        ids = [np.zeros(0, np.uint16)]
-        start = 0
-        while start < len(text):
-            end = start + PIECE
-            if end < len(text) and '\n' in text[start:end]:
-                end = text.rindex('\n', start, end) + 1
-            # Unlike encode, it lets other threads run meanwhile. _fast: without the places in text.
-            [piece] = tokenizer.encode_batch_fast([text[start:end]], add_special_tokens=False)
-            ids.append(np.array(piece.ids, np.uint16))
-            start = end
-        return np.concatenate(ids)
+        """Its ids, an array."""
+        return encode_pieces(load(self.json, special_is_text=True), text)
 
     def decode(self, ids):
         return load(self.json).decode([int(i) for i in ids], skip_special_tokens=False)

@@ -20,7 +20,7 @@ from support.errors import UserError
 transformers = pytest.importorskip('transformers')
 
 CHINESE = ''.join((ROOT / name).read_text(encoding='utf-8')
-                  for name in ('README.zh-CN.md', 'docs/t9k.zh-CN.md'))
+                  for name in ('README.zh-CN.md', 'docs/t9k.zh-CN.md')).replace(tokens.EOT, '')
 TEXTS = ('训练一个模型，只需两行命令。', 'Hello  World,\n\n\tit\'s naïve 🙂 "x"', '', ' 中 文 ',
          '日本語だ。\r\nend')
 MODEL = {'block_size': 32, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}

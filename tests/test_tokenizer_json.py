@@ -3,6 +3,7 @@ training, sampling and export. transformers is the judge where it has a word."""
 import copy
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -425,3 +426,46 @@ def test_an_export_has_the_runs_own_tokenizer(kind, own, tmp_path):
     assert tokens.identity(tokens.model_tokenizer(str(hf))) == tokens.identity(meta)
     done = run_here('sample.py', f'--init_from={hf}', '--start=中文', '--max_new_tokens=9')
     assert done.code == 0 and done.out.startswith('中文')
+
+
+# ---------------------------------------------------------------------------- docs/data.md
+
+def test_a_chinese_text_from_scratch_with_a_vocabulary_of_ones_own(
+        repo, tmp_path, monkeypatch):  # noqa: F811
+    """The lines of docs/data.md, with a smaller model."""
+    section = (ROOT / 'docs/data.md').read_text(encoding='utf-8').split('\n## ')[2]
+    [recipe] = re.findall('```python\n(.*?)```', section, re.S)
+    commands = re.findall('```bash\n(.*?)```', section, re.S)[0].splitlines()
+    assert section.startswith('Tokens of your own') and len(commands) == 4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my-texts').mkdir()
+    (tmp_path / 'my-texts/a.txt').write_text(CHINESE * 20, encoding='utf-8')
+    exec(recipe)
+    printed = []
+    for command in commands:
+        _, script, *options = shlex.split(command)
+        path = repo / script if 'prepare' in script else script
+        options = [str(ROOT / word) if word.startswith('config/') else word for word in options]
+        if script == 'train.py':
+            options += [*TINY, f'--dataset={repo}/data/openwebtext', '--max_iters=3']
+        if script == 'sample.py':
+            options += ['--device=cpu', '--max_new_tokens=9']
+        done = run_here(path, *options)
+        assert done.code == 0, done.err
+        printed.append(done.out)
+    assert 'parameters from scratch' in printed[1] and printed[2].startswith('这本书')
+    meta = tokens.load_meta(repo / 'data/openwebtext')
+    assert 1000 < meta['vocab_size'] < 32000  # the text is too short for more
+    wte = load_checkpoint('out-my-texts/ckpt.pt')['model']['transformer.wte.weight']
+    assert len(wte) == -(-meta['vocab_size'] // 64) * 64
+    # Bytes per token: more than twice GPT-2's, though half of this text is English.
+    lengths = [len(tokens.encoding(m).encode_document(CHINESE)) for m in (meta, tokens.GPT2_META)]
+    assert 2 * lengths[0] < lengths[1]
+    judge = transformers.AutoTokenizer.from_pretrained('hf/my-texts')
+    for text in TEXTS:
+        assert judge(text)['input_ids'] == tokens.encoding(meta).encode(text)
+
+
+def test_what_berts_tokens_lose(tmp_path):
+    encoding = tokens.encoding(tokens.chosen_tokenizer(str(bert(tmp_path / 'bert', True)), ''))
+    assert encoding.decode(encoding.encode('中文\n\n\tGPT  2 🙂')) == '中 文 gpt 2 [UNK]'

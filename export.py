@@ -45,7 +45,9 @@ def tokenizer_files(block_size):
 def own_tokenizer_files(meta, block_size):
     """{name: text} of the run's tokenizer.json, as transformers.AutoTokenizer reads it."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
-              'clean_up_tokenization_spaces': False, 'eos_token': meta['eot']}
+              'clean_up_tokenization_spaces': False, 'eos_token': meta['eot'],
+              # By default also token_type_ids, at which transformers' GPT-2 adds embeddings.
+              'model_input_names': ['input_ids', 'attention_mask']}
     return {'tokenizer.json': meta['json'],
             'tokenizer_config.json': json.dumps(config, indent=2)}
 

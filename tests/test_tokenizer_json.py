@@ -339,6 +339,8 @@ def test_a_model_is_trained_only_on_data_in_its_own_tokens(kind, data, own, tmp_
         for other in set(data.values()) - {data.get(kind)}:
             line = train(*options, f'--init_from={init_from}', f'--dataset={other}', code=1)
             assert f'prepare the data with {advice}, or another --out_dir\n' in line
+    line = train(f'--init_from={out_dir}/best.pt', f'--dataset={data["gpt2"]}', code=1)
+    assert f'prepare the data with {advice}\n' in line
     if kind == 'own':  # the same tokenizer from another place is no other
         train(*options, '--init_from=resume', f'--dataset={data["own"]}')
 
@@ -417,6 +419,7 @@ def test_an_export_has_the_runs_own_tokenizer(kind, own, tmp_path):
         ids = encoding.encode(text)
         assert judge(text)['input_ids'] == ids
         assert judge.decode(ids) == encoding.decode(ids)
+    assert {*judge('中文')} == {'input_ids', 'attention_mask'}
     config = transformers.AutoConfig.from_pretrained(hf)
     assert judge.eos_token_id == config.eos_token_id == encoding.eot
     assert config.vocab_size == meta['vocab_size']

@@ -143,7 +143,7 @@ def end_of_text(place, content, eot=''):
 # ---------------------------------------------------------------------------- encoding
 
 @functools.cache
-def load(text, special_is_text=False):
+def load(text, special_is_text):
     """The tokenizers.Tokenizer of a tokenizer.json, which any number of threads may share."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the prepare scripts have threads of their own
     from tokenizers import Tokenizer  # here, since other tokenizers do not need it
@@ -178,17 +178,17 @@ class JsonEncoding:
     """A tokenizer.json's tokens: special ones are tokens in a prompt, and text in a document."""
 
     def __init__(self, meta):
-        self.json = meta['json']
-        load(self.json)
+        self.prompts = load(meta['json'], special_is_text=False)
+        self.documents = load(meta['json'], special_is_text=True)
         if 'eot' in meta:  # a model's folder need not have one
-            self.eot = load(self.json).token_to_id(meta['eot'])
+            self.eot = self.prompts.token_to_id(meta['eot'])
 
     def encode(self, text):
-        return encode_pieces(load(self.json), text).tolist()
+        return encode_pieces(self.prompts, text).tolist()
 
     def encode_document(self, text):
         """Its ids, an array."""
-        return encode_pieces(load(self.json, special_is_text=True), text)
+        return encode_pieces(self.documents, text)
 
     def decode(self, ids):
-        return load(self.json).decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.prompts.decode([int(i) for i in ids], skip_special_tokens=False)

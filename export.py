@@ -42,6 +42,16 @@ def tokenizer_files(block_size):
             'tokenizer_config.json': json.dumps(config, indent=2)}
 
 
+def own_tokenizer_files(meta, block_size):
+    """{name: text} of the run's tokenizer.json, as transformers.AutoTokenizer reads it."""
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
+              'clean_up_tokenization_spaces': False, 'eos_token': meta['eot'],
+              # By default also token_type_ids, at which transformers' GPT-2 adds embeddings.
+              'model_input_names': ['input_ids', 'attention_mask']}
+    return {'tokenizer.json': meta['json'],
+            'tokenizer_config.json': json.dumps(config, indent=2)}
+
+
 with configurator.user_errors():
     ckpt = load_checkpoint(Path(out_dir) / checkpoint)
     model = GPT.from_checkpoint(ckpt)
@@ -50,12 +60,16 @@ with configurator.user_errors():
     if meta['vocab_size'] > padded:
         meta = {'tokenizer': 'unknown', 'vocab_size': padded}
     files = {}
+    eot = 50256  # GPT-2's
     if meta['tokenizer'] == 'gpt2':
         files = tokenizer_files(model.config.block_size)
+    if meta['tokenizer'] == 'json':
+        files = own_tokenizer_files(meta, model.config.block_size)
+        eot = tokens.encoding(meta).eot
     vocab_size = meta['vocab_size']
     if keep_vocab:
         vocab_size = padded
-    model.save_pretrained(hf_dir, getattr(torch, dtype), vocab_size, files)
+    model.save_pretrained(hf_dir, getattr(torch, dtype), vocab_size, files, eot)
 
 print(f'{out_dir}/{checkpoint} (step {ckpt.get("iter_num")}) -> {hf_dir}: {dtype}, vocabulary '
       f'{vocab_size:,} of {padded:,}')

@@ -270,16 +270,17 @@ class GPT(nn.Module):
         model.load_weights(source, ckpt['model'])
         return model
 
-    def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None):
+    def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None, eot=50256):
         """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder: weights
-        in dtype, vocab_size embeddings, and `files`, {name: text}, such as a tokenizer's."""
+        in dtype, vocab_size embeddings, and `files`, {name: text}, such as a tokenizer's.
+        eot: the token that ends a text, named in config.json if the vocabulary has it."""
         from support import huggingface
         for name, value in vars(self.config).items():
             if name not in huggingface.FIELDS and value != getattr(GPTConfig, name):
                 raise UserError(f'{name}={value}: the format has no place for it: it fits GPT-2 '
                                 f'only, with {name}={getattr(GPTConfig, name)}')
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
-        huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files)
+        huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files, eot)
 
     # ------------------------------------------------------------------------------- generation
     def new_cache(self, B):

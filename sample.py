@@ -73,15 +73,21 @@ with configurator.user_errors():
         meta = ckpt.get('meta', tokens.GPT2_META)  # nanoGPT's checkpoints have none
     else:
         model = GPT.from_pretrained(init_from)
-        meta = tokens.GPT2_META
+        meta = tokens.model_tokenizer(init_from)
     if meta['vocab_size'] > model.config.vocab_size:
-        raise UserError(f'the model has {model.config.vocab_size} tokens, GPT-2 text needs 50257: '
-                        'sample the checkpoint that train.py wrote, which has its tokenizer')
+        raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer needs '
+                        f'{meta["vocab_size"]}: sample the checkpoint that train.py wrote')
     encoding = tokens.encoding(meta)
     text = prompt_text()
     prompt = encoding.encode(text)
     if not prompt:
         raise UserError(f'--start={start}: expected at least one character')
+
+
+def text_after(shown, held):
+    """What the tokens `held` add to the text: it depends on those before them."""
+    return encoding.decode(shown + held)[len(encoding.decode(shown)):]
+
 
 model.eval().to(place, getattr(torch, number_format))
 torch.manual_seed(seed)
@@ -93,20 +99,22 @@ began = time.perf_counter()
 try:
     for _ in range(num_samples):
         print(text, end='', flush=True)
+        shown = prompt
         held = []  # tokens whose last character is incomplete
         rest = ''  # text that may be the beginning of `stop`
         for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p,
                                   meta['vocab_size']):
             n_tokens += 1
             held.append(token.item())
-            new = encoding.decode(held)
+            new = text_after(shown, held)
             if not new.endswith('\ufffd'):
                 new, rest, stopped = cut_at_stop(rest + new)
                 print(new, end='', flush=True)
+                shown = held
                 held = []
                 if stopped:
                     break
-        new, rest, _ = cut_at_stop(rest + encoding.decode(held))
+        new, rest, _ = cut_at_stop(rest + text_after(shown, held))
         print(new + rest)
         print('---------------', flush=True)  # before the line on standard errors
 except KeyboardInterrupt:

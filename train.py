@@ -129,8 +129,7 @@ def eval_rows(split):
 # ----------------------------------------------------------------------------------- model
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 resume_command = configurator.command(init_from='resume')
-# GPT-2's 50,257 tokens are padded: multiples of 64 suit matrix kernels.
-vocab_size = 50304 if meta['tokenizer'] == 'gpt2' else meta['vocab_size']
+vocab_size = tokens.padded_size(meta)
 
 
 def find_start():

@@ -128,7 +128,7 @@ def load_pretrained(source, block_size):
     """What a new run starts from, its positions cut to block_size: the weights in FILE.pt, a
     checkpoint of train.py or nanoGPT, or those of a GPT-2 on the hub or in a folder."""
     if not source.endswith('.pt'):
-        return huggingface.load(source, block_size) | {'meta': tokens.GPT2_META}
+        return huggingface.load(source, block_size) | {'meta': tokens.model_tokenizer(source)}
     saved = load_checkpoint(source)
     ckpt = {key: saved[key] for key in ('model', 'model_args', 'meta') if key in saved}
     huggingface.cut_positions(ckpt, block_size, source)
@@ -166,15 +166,20 @@ def reconcile(ckpt, config, typed, meta):
 
 def check_vocabulary(ckpt, meta):
     """UserError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
+    own = ckpt.get('meta') or meta  # nanoGPT's have none
     size = ckpt['model_args'].get('vocab_size', 50257)
     need = meta['vocab_size']
     if need > size:
         problem = f'has {size} tokens, the data needs {need}'
-    elif tokens.identity(ckpt.get('meta') or meta) != tokens.identity(meta):  # nanoGPT's have none
+    elif tokens.identity(own) != tokens.identity(meta):
         problem = "is not the data's"
     else:
         return
     fix = 'choose data in its tokens'
+    if own['tokenizer'] == 'gpt2':
+        fix = "prepare the data in GPT-2's tokens, without --tokenizer"
+    if own['tokenizer'] == 'json':
+        fix = f'prepare the data with --tokenizer={own["path"]}'
     if 'iter_num' in ckpt:
         fix += ', or another --out_dir'
     raise UserError(f"the model's vocabulary {problem}: {fix}")

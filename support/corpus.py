@@ -5,7 +5,6 @@ tokenized once, by threads. This module writes token files; support/tokens.py re
 """
 import codecs
 import contextlib
-import copy
 import io
 import json
 import math
@@ -327,7 +326,7 @@ KINDS = {
 
 # ---------------------------------------------------------------------------- documents to tokens
 
-def write_documents(folder, documents, workers):
+def write_documents(folder, documents, workers, meta=tokens.GPT2_META):
     """Write the data set of `documents`, split as nanoGPT does, in one pass over them.
 
     val.bin equals nanoGPT's. train.bin holds nanoGPT's documents in the order of their source, not
@@ -341,15 +340,15 @@ def write_documents(folder, documents, workers):
         raise UserError(f'{documents.source}: {n} documents cannot be split into train and val')
     # As datasets' train_test_split chooses and orders them.
     places = np.random.default_rng(SPLIT_SEED).permutation(n)
-    run = Tokenizing(documents, places[:n_val].tolist(), workers)
-    meta = tokens.GPT2_META | {'source': documents.source}
+    meta = meta | {'source': documents.source}
+    run = Tokenizing(documents, places[:n_val].tolist(), workers, meta)
     try:
-        seconds = run.write(folder, meta)
+        seconds = run.write(folder)
     except NoValidation as e:
         print(e)
         places = places[~np.isin(places, run.bad)]
-        run = Tokenizing(documents, places[:n_val].tolist(), workers)
-        seconds = run.write(folder, meta)
+        run = Tokenizing(documents, places[:n_val].tolist(), workers, meta)
+        seconds = run.write(folder)
     report(folder, {'train': n - len(run.bad) - len(run.val), 'val': len(run.val)}, seconds)
     mb = run.n_bytes / 1e6
     print(f'tokenized {mb:,.1f} MB of text in {seconds["train"]:.1f} s '
@@ -366,23 +365,24 @@ class NoValidation(UserError):
 class Tokenizing:
     """One pass over documents: the tokens of train come out in order, those of val are kept."""
 
-    def __init__(self, documents, val_places, workers):
+    def __init__(self, documents, val_places, workers, meta):
         self.documents = documents
         self.workers = workers
         self.val = dict.fromkeys(val_places)  # {place: tokens}, few enough for the memory
         self.bad = []  # places
         self.n_read = 0
         self.n_bytes = 0
-        self.bpe = tokens.gpt2_encoding()
+        self.meta = meta
         self.thread = threading.local()
-        self.eot = np.array([self.bpe.eot_token], np.uint32)
+        self.eot = np.array([tokens.encoding(meta).eot], np.uint32)
 
-    def write(self, folder, meta):
+    def write(self, folder):
         with contextlib.closing(self.train()) as train:  # ends its bar before an error is printed
-            return write_dataset(folder, meta, {'train': train, 'val': self.val.values()})
+            splits = {'train': train, 'val': self.val.values()}
+            return write_dataset(folder, self.meta, splits)
 
     def start_thread(self):
-        self.thread.bpe = copy.copy(self.bpe)  # one encoder per thread: sharing is 30% slower
+        self.thread.encoding = tokens.encoding(self.meta)
 
     def encode(self, first, batch):
         """In a thread: the tokens of a batch's documents for train, the first at place `first`."""
@@ -407,10 +407,8 @@ class Tokenizing:
         if text is None:
             return None
         try:  # <|endoftext|> in a text is text
-            return self.thread.bpe.encode_to_numpy(text, disallowed_special=())
-        except ValueError as e:
-            if tokens.TOO_DEEP not in str(e):
-                raise
+            return self.thread.encoding.encode_document(text)
+        except UserError:  # tiktoken refuses a million spaces in a row
             return None
 
     def train(self):

@@ -179,10 +179,11 @@ def convert(shape, tensors, dtype):
     return out
 
 
-def configs(shape, dtype):
+def configs(shape, dtype, eot):
     """{name: text} of the JSON files that describe a model of this shape."""
     T = shape['block_size']
-    eot = 50256 if shape['vocab_size'] > 50256 else None  # <|endoftext|>
+    if eot >= shape['vocab_size']:
+        eot = None
     config = {
         'architectures': ['GPT2LMHeadModel'],
         **GPT2,
@@ -202,9 +203,10 @@ def configs(shape, dtype):
             'generation_config.json': json.dumps(generation, indent=2)}
 
 
-def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
+def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None, eot=50256):
     """Make `folder`, new or empty: the tensors in dtype, the first vocab_size embeddings (None:
-    all), and files {name: text}. The format needs biases: missing ones are written as zeros.
+    all), files {name: text}, and the id that ends a text. The format needs biases: missing ones
+    are written as zeros.
     UserError, before anything is written, if the format has no place for a tensor."""
     import safetensors.torch
     path = Path(folder).resolve()
@@ -213,7 +215,7 @@ def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None):
     if vocab_size is not None:
         shape = {**shape, 'vocab_size': vocab_size}
     tensors = convert(shape, tensors, dtype)
-    texts = configs(shape, tensors['transformer.wte.weight'].dtype)
+    texts = configs(shape, tensors['transformer.wte.weight'].dtype, eot)
     if files is not None:
         texts = {**files, **texts}
     part = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')

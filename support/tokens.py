@@ -1,4 +1,4 @@
-"""Token files (train.bin, val.bin, meta.json): their format, their reader and two encodings.
+"""Token files (train.bin, val.bin, meta.json): their format, their reader and three encodings.
 
     from support import tokens
     meta = tokens.load_meta('data/shakespeare_char')
@@ -6,12 +6,16 @@
     text = tokens.encoding(meta).decode(rows[0])
 
 A .bin file is little-endian uint16 token ids and nothing else, as in nanoGPT. meta.json is beside
-them: {"tokenizer": "gpt2" | "char", "chars": "...", "vocab_size": n,
-"tokens": {"train": n, "val": n}, "source": "..."}. Without it, the ids are GPT-2's tokens.
+them: {"tokenizer": "gpt2" | "char" | "json", "chars": "...", "vocab_size": n,
+"tokens": {"train": n, "val": n}, "source": "..."}. Without it, the ids are GPT-2's tokens. With
+"json", it holds a tokenizer.json, too, and which of its tokens ends a text: "json", "eot", "path".
 """
+import contextlib
+import copy
 import functools
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -23,12 +27,12 @@ from pathlib import Path
 
 import numpy as np
 
+from support import huggingface, tokenizer_json
 from support.errors import UserError, refuse_lfs_pointer
+from support.tokenizer_json import EOT
 
 DATA = Path(__file__).resolve().parents[1] / 'data'  # the data sets
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
-EOT = '<|endoftext|>'  # GPT-2's only special token, id 50256: ends every document
-TOO_DEEP = 'Regex error'  # tiktoken's ValueError for a text such as a million spaces in a row
 GPT2_FILES = {  # and their sha256
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
@@ -71,6 +75,8 @@ def load_meta(folder):
     fits = type(size) is type(n_train) is type(n_val) is int and 0 < size <= 65536
     if tokenizer == 'char':
         fits = fits and type(chars) is str and len(set(chars)) == size
+    if tokenizer == 'json':
+        fits = fits and type(meta.get('json')) is type(meta.get('eot')) is str
     if not fits:
         raise UserError(f'{path} is broken (tokenizer {tokenizer} does not fit vocab_size {size}): '
                         'run prepare.py again')
@@ -80,9 +86,17 @@ def load_meta(folder):
 
 def identity(meta):
     """A short text that two tokenizers share only if they are the same."""
-    content = {key: value for key, value in meta.items() if key not in ('tokens', 'source')}
+    other = 'tokens', 'source', 'path', 'eot'
+    content = {key: value for key, value in meta.items() if key not in other}
     text = json.dumps(content, sort_keys=True)
     return f'{meta["tokenizer"]} {hashlib.sha256(text.encode()).hexdigest()[:12]}'
+
+
+def padded_size(meta):
+    """The vocabulary of a model from scratch: multiples of 64 suit matrix kernels."""
+    if meta['tokenizer'] in ('gpt2', 'json'):
+        return math.ceil(meta['vocab_size'] / 64) * 64  # 50,304 for GPT-2's 50,257
+    return meta['vocab_size']
 
 
 def missing(path):
@@ -194,13 +208,19 @@ class Characters:
 
 
 class GPT2Encoding:
-    """GPT-2's tokens, for prompts: <|endoftext|> in a text is the special token."""
+    """GPT-2's tokens: <|endoftext|> is the special token in a prompt, and text in a document."""
 
     def __init__(self):
-        self.bpe = gpt2_encoding()
+        self.bpe = copy.copy(gpt2_encoding())  # of one's own: sharing by threads is 30% slower
+        self.eot = self.bpe.eot_token
 
     def encode(self, text):
         return encode_gpt2(text, special={EOT})
+
+    def encode_document(self, text):
+        """Its ids, an array. UserError as for encode_gpt2."""
+        with too_deep_refused():
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
         """Never fails: bytes that are not UTF-8 and ids that are not tokens become U+FFFD."""
@@ -211,8 +231,9 @@ class GPT2Encoding:
         return b''.join(pieces).decode(errors='replace')
 
 
-# By the `tokenizer` of meta.json. For one of your own, add a class with these two methods.
-ENCODINGS = {'gpt2': lambda meta: GPT2Encoding(), 'char': lambda meta: Characters(meta['chars'])}
+# By the `tokenizer` of meta.json. For one of another kind, add a class with .encode and .decode.
+ENCODINGS = {'gpt2': lambda meta: GPT2Encoding(), 'char': lambda meta: Characters(meta['chars']),
+             'json': tokenizer_json.JsonEncoding}
 
 
 def encoding(meta):
@@ -227,14 +248,57 @@ def check_known(tokenizer, where=''):
                         f'{" or ".join(ENCODINGS)}; add it to ENCODINGS in support/tokens.py')
 
 
+def chosen_tokenizer(place, eot):
+    """The entries of meta.json for --tokenizer and --eot; GPT-2's if `place` is ''."""
+    meta = GPT2_META
+    if place:
+        content = tokenizer_json.read(place)
+        if content is None:
+            raise UserError(f'--tokenizer={place}: expected a tokenizer.json, or a folder that has '
+                            'one, or vocab.json and merges.txt, or vocab.txt')
+        meta = describe_tokenizer(place, content)
+    if meta['tokenizer'] == 'json':
+        return meta | {'eot': tokenizer_json.end_of_text(place, content, eot)}
+    if eot not in ('', EOT):
+        raise UserError(f"--eot={eot}: GPT-2's tokens end a text with {EOT}")
+    return meta
+
+
+def model_tokenizer(source):
+    """The entries of meta.json for the GPT-2 that --init_from names, on the hub or in a folder."""
+    config = Path(source, 'config.json')
+    if not config.exists():
+        return GPT2_META
+    content = tokenizer_json.read(source)
+    if content is not None:
+        return describe_tokenizer(source, content)
+    size = huggingface.read_json(config).get('vocab_size')
+    if not 50257 <= size <= 50304:  # padded, or with a few more
+        raise UserError(f'{source} has {size} tokens and no tokenizer, GPT-2 has 50257: copy its '
+                        'tokenizer.json into it')
+    return GPT2_META
+
+
+def describe_tokenizer(place, content):
+    if tokenizer_json.is_gpt2(content):
+        return GPT2_META
+    return tokenizer_json.describe(place, content)
+
+
 def encode_gpt2(text, special=()):
     """GPT-2's ids of a text, a list. <|endoftext|> in it is text, or the token if it is `special`.
     UserError if tiktoken refuses the text, as it does a million spaces in a row."""
     bpe = gpt2_encoding()
-    try:
+    with too_deep_refused():
         return bpe.encode(text, allowed_special=set(special), disallowed_special=())
+
+
+@contextlib.contextmanager
+def too_deep_refused():
+    try:
+        yield
     except ValueError as e:
-        if TOO_DEEP not in str(e):
+        if 'Regex error' not in str(e):
             raise
         raise UserError(f"GPT-2's tokenizer cannot encode the text: {e}") from None
 

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     'support.threads': set(),
     'configurator': BASE,
     'support.huggingface': BASE,
-    'support.tokens': BASE,
+    'support.tokenizer_json': {*BASE, 'support.huggingface'},
+    'support.tokens': {*BASE, 'support.huggingface', 'support.tokenizer_json'},
     'support.hardware': BASE,
     'model': {'support.errors', 'support.huggingface'},  # the latter inside its methods
     'support.corpus': {*BASE, 'support.threads', 'support.tokens'},

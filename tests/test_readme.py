@@ -85,7 +85,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize('page', [*ENGLISH, 'CONTRIBUTING.md'])
 def test_every_file_and_option_that_a_page_names_exists(page):
-    made = ('input.txt', 'prepare.py', 'prompt.txt')
+    made = ('input.txt', 'prepare.py', 'prompt.txt', 'merges.txt', 'vocab.txt')
     for name in spans(TEXT[page]):
         if re.fullmatch(r'[\w*/.-]+\.(py|yaml|txt)', name) and name not in made:
             assert 'python_char' in name or list(ROOT.glob(name)), f'{page}: no file {name}'

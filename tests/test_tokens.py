@@ -171,7 +171,7 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(folder
     meta = tokens.load_meta(folder) | {'tokenizer': 'bpe'}
     (folder / 'meta.json').write_text(json.dumps(meta))
     for use, argument in (tokens.load_meta, folder), (tokens.encoding, meta):
-        refused('unknown tokenizer bpe: expected gpt2 or char; add it to ENCODINGS in '
+        refused('unknown tokenizer bpe: expected gpt2 or char or json; add it to ENCODINGS in '
                 'support/tokens.py', use, argument)
     monkeypatch.setitem(tokens.ENCODINGS, 'bpe', lambda meta: f'its {meta["tokenizer"]}')
     assert tokens.encoding(tokens.load_meta(folder)) == 'its bpe'

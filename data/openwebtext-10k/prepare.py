@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
-from support import corpus
+from support import corpus, tokens
 
 HERE = Path(__file__).resolve().parent
 _FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'
@@ -15,14 +15,17 @@ _FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'
 
 source = ''  # file or folder of .parquet, .jsonl or .txt (.gz, .zst) to read instead of the hub
 text_field = 'text'  # the column of Parquet, or the field of JSON, that holds the text
+tokenizer = ''  # a tokenizer.json, or a model's folder, to use in place of GPT-2's tokens
+eot = ''  # its token that ends every document, if its folder does not say
 workers = 0  # threads that tokenize; 0: one per core
 limits = [(configurator.at_least(0), ['workers'])]
 
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 with configurator.user_errors():
+    meta = tokens.chosen_tokenizer(tokenizer, eot)
     if source:
         documents = corpus.local_documents(source, text_field)
     else:
         documents = corpus.hub_documents(_FILES, text_field)
-    corpus.write_documents(HERE, documents, workers)
+    corpus.write_documents(HERE, documents, workers, meta)

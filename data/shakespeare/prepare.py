@@ -12,8 +12,11 @@ from support import corpus, tokens
 
 HERE = Path(__file__).resolve().parent
 
-configurator.override({}, sys.argv[1:], __file__)  # no options but --help
+tokenizer = ''  # a tokenizer.json, or a model's folder, to use in place of GPT-2's tokens
+eot = ''  # its token that ends a text, if its folder does not say
+
+globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 with configurator.user_errors():
     text, source = corpus.one_text(HERE)
-    meta = tokens.GPT2_META | {'source': source}
+    meta = tokens.chosen_tokenizer(tokenizer, eot) | {'source': source}
     corpus.write_text(HERE, meta, text, tokens.encoding(meta).encode)

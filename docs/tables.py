@@ -25,6 +25,7 @@ BATCHES = [('16 GB or more', 'none (the default)', 12, ''),
             ': fewer, larger kernels')]
 VOCABULARY = 50304
 MFU = 0.4  # assumed
+PEAKS = {'A100': PEAK_FLOPS['A100-SXM4-80GB'], 'H100': PEAK_FLOPS['H100 80GB HBM3']}
 
 
 def model_of(size):
@@ -49,7 +50,7 @@ def gb_per_sequence(size, compiled):
 def compute_s(size, gpu, world_size, sequences=480):
     """Seconds of a step of that many sequences of 1024 tokens, without communication."""
     flops = sequences * 1024 * model_of(size).train_flops_per_token()
-    return flops / (world_size * PEAK_FLOPS[gpu] * MFU)
+    return flops / (world_size * PEAKS[gpu] * MFU)
 
 
 def days(size, gpu):

@@ -9,11 +9,22 @@ import torch
 from support import compat
 from support.errors import UserError
 
-# Dense bfloat16 peak in FLOP/s, from the makers' data sheets (V100: float16). First match wins.
+# Dense bfloat16 peak in FLOP/s (V100: float16), half of a figure "with sparsity". Names as CUDA has
+# them, without NVIDIA's: a part of a name would take in a laptop's chip or a slice of a GPU (MIG).
 PEAK_FLOPS = {
-    'V100': 125e12, 'A100': 312e12, 'A800': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12,
-    'H100': 989e12, 'H800 PCIe': 756e12, 'H800': 989e12, 'H200': 989e12, 'L40S': 362e12,
-    'RTX 3090': 71e12, 'RTX 4090': 165e12,
+    # NVIDIA's data sheets
+    'Tesla V100-SXM2-16GB': 125e12, 'Tesla V100-SXM2-32GB': 125e12, 'Tesla V100-SXM3-32GB': 125e12,
+    'Tesla V100-PCIE-16GB': 112e12, 'Tesla V100-PCIE-32GB': 112e12, 'Tesla V100S-PCIE-32GB': 130e12,
+    'A100-SXM4-40GB': 312e12, 'A100-SXM4-80GB': 312e12,
+    'A100-PCIE-40GB': 312e12, 'A100 80GB PCIe': 312e12,
+    'A800-SXM4-80GB': 312e12, 'A800 80GB PCIe': 312e12,
+    'A10': 125e12, 'A30': 165e12, 'A40': 149.7e12, 'L4': 121e12, 'L40': 181e12, 'L40S': 362e12,
+    'H100 80GB HBM3': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H800': 989e12,
+    'H800 PCIe': 756e12, 'GH200 480GB': 989e12, 'H200': 989e12, 'H200 NVL': 835e12,
+    'B200': 2250e12, 'GB200': 2500e12,
+    # NVIDIA's white papers on GA102, Ada and RTX Blackwell, accumulated in float32
+    'GeForce RTX 3090': 71e12, 'GeForce RTX 3090 Ti': 80e12, 'RTX A6000': 154.8e12,
+    'GeForce RTX 4090': 165e12, 'RTX 6000 Ada Generation': 364e12, 'GeForce RTX 5090': 209.5e12,
 }
 
 
@@ -32,12 +43,10 @@ def describe(device, threads_before):
 
 def peak_flops(device):
     """Dense bfloat16 FLOP/s of a CUDA device, 0 if the table lacks it."""
-    if torch.device(device).type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_FLOPS.items():
-            if part in name:
-                return flops
-    return 0
+    if torch.device(device).type != 'cuda':
+        return 0
+    name = torch.cuda.get_device_name(device).removeprefix('NVIDIA ')  # old drivers leave it out
+    return PEAK_FLOPS.get(name, 0)
 
 
 def peak_memory(device):

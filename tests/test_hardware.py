@@ -75,10 +75,20 @@ def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
 
 
 @pytest.mark.parametrize(('name', 'flops'), [
-    ('Tesla V100-SXM2-32GB', 125e12), ('NVIDIA A100-SXM4-80GB', 312e12),
-    ('NVIDIA A800-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H800', 989e12),
-    ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989e12), ('NVIDIA GeForce RTX 3090', 71e12),
-    ('NVIDIA GeForce RTX 4090', 165e12), ('NVIDIA L40S', 362e12), ('NVIDIA L4', 0)])
+    ('Tesla V100-SXM2-32GB', 125e12), ('Tesla V100-PCIE-16GB', 112e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A800 80GB PCIe', 312e12),
+    ('A100-PCIE-40GB', 312e12),  # by an old driver
+    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H800', 989e12), ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H200', 989e12), ('NVIDIA H200 NVL', 835e12), ('NVIDIA B200', 2250e12),
+    ('NVIDIA A10', 125e12), ('NVIDIA A30', 165e12), ('NVIDIA A40', 149.7e12), ('NVIDIA L4', 121e12),
+    ('NVIDIA L40', 181e12), ('NVIDIA L40S', 362e12), ('NVIDIA RTX A6000', 154.8e12),
+    ('NVIDIA RTX 6000 Ada Generation', 364e12), ('NVIDIA GeForce RTX 3090', 71e12),
+    ('NVIDIA GeForce RTX 3090 Ti', 80e12), ('NVIDIA GeForce RTX 4090', 165e12),
+    ('NVIDIA GeForce RTX 5090', 209.5e12),
+    # No data sheet with dense bfloat16 at hand, or not the whole GPU.
+    ('NVIDIA GeForce RTX 4090 D', 0), ('NVIDIA GeForce RTX 4090 Laptop GPU', 0), ('NVIDIA H20', 0),
+    ('NVIDIA A10G', 0), ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', 0),
+    ('NVIDIA H100 80GB HBM3 MIG 3g.40gb', 0), ('NVIDIA GeForce RTX 2080 Ti', 0)])
 def test_the_peak_is_that_of_the_data_sheet(name, flops, machine):
     machine(['another', name])
     assert peak_flops('cuda:1') == flops

@@ -144,7 +144,8 @@ def run_here(script, *options, out=None):
             runpy.run_path(str(ROOT / script), run_name='__main__')
         except SystemExit as end:
             code = end.code or 0
-    torch.set_float32_matmul_precision(precision)
+        finally:
+            torch.set_float32_matmul_precision(precision)
     if isinstance(code, str):  # sys.exit(message)
         err.write(f'{code}\n')
         code = 1

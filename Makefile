@@ -20,8 +20,11 @@ test: $(VENV)/dev
 test-long: $(VENV)/dev .venv-lm-eval/run
 	$(PY) -m pytest -m long --durations=20
 
-test-cuda: $(VENV)/dev
-	$(PY) -m pytest tests/test_cuda.py
+# In the Python that is there, if its torch finds a GPU: no network, no other package is needed.
+test-cuda:
+	@if $(PYTHON) -c 'import numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null; \
+		then $(PYTHON) -m pytest tests/test_cuda.py; \
+		else $(MAKE) $(VENV)/dev && $(PY) -m pytest tests/test_cuda.py; fi
 
 # torch 1.13.1 is for job_torch1.yaml, 2.1.2 is in T9k's Notebook image; both need numpy 1.
 OLD = 1.13.1 2.1.2

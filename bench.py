@@ -23,7 +23,7 @@ import torch
 
 import configurator
 from model import GPT, GPTConfig
-from support import corpus, tokens
+from support import tokens
 from support.checkpoint import save_checkpoint
 from support.hardware import peak_flops, resolve_device, resolve_dtype
 from support.owner import Owner
@@ -173,6 +173,7 @@ def save(plain, folder):
 
 
 def prepare(plain, folder):
+    from support import corpus  # the other cases need torch and numpy alone
     text, _ = corpus.one_text(here / 'data/shakespeare_char')
     lines = [text[i:i + 5000].replace('\n', ' ') + '\n' for i in range(0, len(text), 5000)] * 20
     path = folder / 'text.txt'

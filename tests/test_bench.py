@@ -1,5 +1,9 @@
 """bench.py measures both sides, and says what is wrong with its options."""
+import os
 import re
+import subprocess
+import sys
+from importlib import metadata
 from unittest.mock import Mock
 
 import pytest
@@ -31,6 +35,43 @@ def test_every_case_measures_gpt2(case, rows, tmp_path):
     assert done.code == 0, done.err
     found = re.findall(rf'^{case} +(.+?)  +([\d.,e+]+ *)+$', done.out, re.MULTILINE)
     assert [name for name, _ in found] == rows
+
+
+@pytest.fixture
+def bare_python(tmp_path):
+    """A Python that has torch, numpy, pytest, what these need, and no other package."""
+    links = tmp_path / 'links'
+    links.mkdir()
+    names = ['torch', 'numpy', 'pytest']
+    for name in names:  # which grows
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # for another system or Python
+            continue
+        for top in {file.parts[0] for file in package.files} - {'..', '__pycache__'}:
+            if not (links / top).exists():
+                (links / top).symlink_to(package.locate_file(top))
+        for requirement in package.requires or []:
+            needed = re.match(r'[\w.-]+', requirement)[0]
+            if 'extra ==' not in requirement and needed not in names:
+                names.append(needed)
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv'], check=True,
+                   timeout=60)
+    [site] = (tmp_path / 'venv/lib').glob('python*/site-packages')
+    (site / 'links.pth').write_text(f'{links}\n')
+    return tmp_path / 'venv/bin/python'
+
+
+def test_a_bare_machine_measures_and_tests_its_gpu(bare_python, tmp_path):
+    env = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
+    for command, expected in (
+            (['-c', 'import tqdm'], "No module named 'tqdm'"),  # this test's own premise
+            ([ROOT / 'bench.py', '--cases=loader', '--rounds=1', '--device=cpu'], 'us per 12 x'),
+            (['-m', 'pytest', ROOT / 'tests/test_cuda.py', '-k', 'device_once and adamw'],
+             '1 passed')):
+        done = subprocess.run([bare_python, *command], cwd=tmp_path, env=env, timeout=240,
+                              text=True, capture_output=True)
+        assert expected in done.stdout + done.stderr, done
 
 
 @pytest.mark.parametrize(('option', 'says'), [

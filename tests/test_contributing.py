@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -61,6 +62,18 @@ def test_every_make_target_and_test_that_the_page_names_exists():
     tests = '\n'.join(path.read_text(encoding='utf-8') for path in ROOT.glob('tests/test_*.py'))
     for name in re.findall(r'`(test_\w+)`', TEXT):
         assert f'def {name}(' in tests, name
+
+
+@pytest.mark.parametrize(('has_gpu', 'starts'), [
+    (True, '-m pytest tests/test_cuda.py'), (False, '-m venv')])
+def test_the_tests_of_a_gpu_run_in_the_python_that_has_one(has_gpu, starts, tmp_path):
+    python = tmp_path / 'python'  # says what it is told to do, but for the question about the GPU
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit {int(not has_gpu)}\necho "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(['make', 'test-cuda', f'PYTHON={python}', f'VENV={tmp_path}/venv'],
+                          cwd=ROOT, text=True, timeout=60, capture_output=True)
+    [first, *_] = [line for line in done.stdout.splitlines() if line.startswith('-')]
+    assert first.startswith(starts) and (done.returncode == 0) == has_gpu
 
 
 # ---------------------------------------------------------------- changes to the model

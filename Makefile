@@ -21,8 +21,8 @@ test-long: $(VENV)/dev .venv-lm-eval/run
 
 # In the Python that is there, if its torch finds a GPU: no network, no other package is needed.
 test-cuda:
-	@if $(PYTHON) -c 'import numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null; \
-		then $(PYTHON) -m pytest tests/test_cuda.py; \
+	@if $(or $(PYTHON),python3) -c 'import numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null; \
+		then $(or $(PYTHON),python3) -m pytest tests/test_cuda.py; \
 		else $(MAKE) $(VENV)/dev && $(PY) -m pytest tests/test_cuda.py; fi
 
 # CI's other environments: Python, and what pip installs there beside requirements.txt. One after
@@ -34,7 +34,7 @@ newest = python3.13 torch==2.14.1
 ENVIRONMENTS = lowest notebook oldest-3.12 newest
 SCRIPT_TESTS = $(addprefix tests/test_,train.py sample.py prepare.py export.py model.py \
 	checkpoint.py tokens.py configurator.py metrics.py hardware.py plot.py distributed.py \
-	rendezvous.py owner.py)
+	rendezvous.py owner.py tokenizer_json.py)
 
 test-environments: $(addprefix test-in-,$(ENVIRONMENTS))
 

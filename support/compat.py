@@ -67,6 +67,14 @@ set_group_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)
 # The gradient scaler has not moved to torch.amp yet.
 GradScaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)
 
+
+def group_device(backend):
+    """init_process_group's option for this process's GPU, which NCCL's barrier else has to guess
+    (torch >= 2.3 warns); {} for other backends and where it has none."""
+    if backend != 'nccl' or torch.__version__ < '2.3':
+        return {}
+    return {'device_id': torch.device('cuda', torch.cuda.current_device())}
+
 # ------------------------------------------------------------------------------- torch < 2.6
 # Checksums cannot be turned off: torch.load never looks at them, and they take as long as writing.
 if hasattr(torch.serialization, 'set_crc32_options'):

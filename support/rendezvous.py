@@ -75,7 +75,8 @@ def connect(backend, first_timeout_s, timeout_s, **meeting):
     if compat.set_group_timeout is None:
         first_timeout_s = timeout_s
     compat.reset_group_count()
-    dist.init_process_group(backend, timeout=timedelta(seconds=first_timeout_s), **meeting)
+    dist.init_process_group(backend, timeout=timedelta(seconds=first_timeout_s),
+                            **compat.group_device(backend), **meeting)
     # Named, so that an error's traceback keeps it: torch 2.1 destroys a group by waiting for its
     # threads, and a thread that frees a tensor waits for the interpreter, for ever.
     number = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')

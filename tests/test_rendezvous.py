@@ -1,13 +1,18 @@
 """rendezvous.py: how processes meet. That lost ones are met again, test_jobs.py shows."""
+import inspect
 import re
 import signal
 import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import (
     TINY,
+    TORCH,
     Script,
     free_port,
     patched_train,
@@ -17,7 +22,7 @@ from conftest import (
     write_data_set,
 )
 
-from support import rendezvous
+from support import compat, rendezvous
 
 CPP_FRAMES = 'frame #', 'Exception raised from', 'c10::'
 
@@ -159,3 +164,17 @@ def test_another_world_size_is_refused(data_set, tmp_path):
     assert stranger.wait().code == 1
     assert 'WORLD_SIZE=4, but rank 0 has WORLD_SIZE=2' in stranger.err
     succeed([first, start_rank(1, 2, 'train.py', *options, port=port)])
+
+
+@pytest.mark.skipif(TORCH < (2, 3), reason='a group has no device')
+@pytest.mark.parametrize(('backend', 'device'), [('nccl', torch.device('cuda', 3)), ('gloo', None)])
+def test_a_group_on_gpus_is_told_which_is_its_own(backend, device, monkeypatch):
+    parameters = inspect.signature(dist.init_process_group).parameters
+    init = Mock()
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(dist, 'init_process_group', init)
+    monkeypatch.setattr(dist, 'all_reduce', Mock())
+    monkeypatch.setattr(torch, 'ones', Mock())
+    monkeypatch.setattr(compat, 'set_group_timeout', Mock())
+    rendezvous.connect(backend, 5, 10)
+    assert init.call_args.kwargs.get('device_id') == device and 'device_id' in parameters

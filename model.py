@@ -272,8 +272,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None, eot=50256):
         """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder: weights
-        in dtype, vocab_size embeddings, and `files`, {name: text}, such as a tokenizer's.
-        eot: the token that ends a text, named in config.json if the vocabulary has it."""
+        in dtype, vocab_size embeddings, `files` {name: text}, and the id that ends a text."""
         from support import huggingface
         for name, value in vars(self.config).items():
             if name not in huggingface.FIELDS and value != getattr(GPTConfig, name):

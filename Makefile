@@ -21,8 +21,8 @@ test-long: $(VENV)/dev .venv-lm-eval/run
 
 # In the Python that is there, if its torch finds a GPU: no network, no other package is needed.
 test-cuda:
-	@if $(PYTHON) -c 'import numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null; \
-		then $(PYTHON) -m pytest tests/test_cuda.py; \
+	@if $(or $(PYTHON),python3) -c 'import numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null; \
+		then $(or $(PYTHON),python3) -m pytest tests/test_cuda.py; \
 		else $(MAKE) $(VENV)/dev && $(PY) -m pytest tests/test_cuda.py; fi
 
 # CI's other environments: Python, and what pip installs there beside requirements.txt. One after

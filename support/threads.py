@@ -46,4 +46,4 @@ def share(root=Path('/')):
 COUNT = share()
 os.environ.setdefault('OMP_NUM_THREADS', str(COUNT))
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', str(min(COUNT, 32)))  # 32: torch's limit
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # then a thread sleeps; by default after 300,000
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # then a thread sleeps; by default after 300,000

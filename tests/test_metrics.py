@@ -3,6 +3,7 @@ import fcntl
 import math
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -242,6 +243,7 @@ def test_a_terminal_that_is_closed_stops_a_run_like_sigterm_and_nohup_keeps_it(
             f'--dataset={data_set}', f'--out_dir={out_dir}']
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which these tests may be run without
         os.chdir(tmp_path)
         os.execvp(argv[0], argv)
     script = SimpleNamespace(end=time.monotonic() + 240, code=None)

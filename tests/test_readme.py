@@ -15,7 +15,8 @@ import configurator
 from docs import tables
 
 ENGLISH = ('README.md', *(f'docs/{name}.md' for name in (
-    't9k', 'running', 'data', 'sizes', 'export', 'differences', 'troubleshooting')))
+    't9k', 'running', 'data', 'sizes', 'export', 'differences', 'experiments',
+    'troubleshooting')))
 CHINESE = {'README.md': 'README.zh-CN.md', 'docs/t9k.md': 'docs/t9k.zh-CN.md'}
 TEXT = {page: (ROOT / page).read_text(encoding='utf-8')
         for page in (*ENGLISH, *CHINESE.values(), 'CONTRIBUTING.md')}

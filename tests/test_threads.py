@@ -87,7 +87,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 @pytest.mark.parametrize('script', ['train', 'sample', 'export', 'bench'])
 @pytest.mark.parametrize(('typed', 'expected'), [
-    ({}, '1 1000 1'),
+    ({}, '1 10000 1'),
     ({'OMP_NUM_THREADS': '7', 'GOMP_SPINCOUNT': '5', 'TORCHINDUCTOR_COMPILE_THREADS': '9'},
      '7 5 9')])
 def test_a_script_sets_what_nobody_has_set_before_it_imports_torch(script, typed, expected):
@@ -95,6 +95,6 @@ def test_a_script_sets_what_nobody_has_set_before_it_imports_torch(script, typed
     env = {name: text for name, text in os.environ.items() if 'THREADS' not in name}
     env.pop('GOMP_SPINCOUNT', None)
     done = subprocess.run([sys.executable, '-c', WATCH, str(ROOT / f'{script}.py')],
-                          env={**env, 'LOCAL_WORLD_SIZE': '1000', **typed}, text=True, timeout=60,
+                          env={**env, 'LOCAL_WORLD_SIZE': '10000', **typed}, text=True, timeout=60,
                           capture_output=True)
     assert done.stdout == f'{expected}\n', done.stderr

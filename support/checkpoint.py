@@ -166,8 +166,10 @@ def reconcile(ckpt, config, typed, meta):
 
 def check_vocabulary(ckpt, meta):
     """UserError unless the tokenizer of the data, `meta`, is that of `ckpt`."""
-    own = ckpt.get('meta') or meta  # nanoGPT's have none
     size = ckpt['model_args'].get('vocab_size', 50257)
+    own = ckpt.get('meta')
+    if own is None:  # nanoGPT's: only its GPT-2s can be recognized, by their size
+        own = tokens.GPT2_META if size in (50257, 50304) else meta
     need = meta['vocab_size']
     if need > size:
         problem = f'has {size} tokens, the data needs {need}'

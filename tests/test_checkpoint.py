@@ -169,6 +169,12 @@ def test_a_run_with_another_vocabulary_than_its_checkpoint_is_refused():
     refuse('vocabulary', saved_by(SHAPE), meta=GPT2_META)
 
 
+def test_nanogpts_gpt2_is_not_trained_on_characters():
+    saved = saved_by(GPTConfig(**TINY | {'vocab_size': 50304}))
+    saved.pop('meta', None)
+    refuse('vocabulary', saved, meta=CHARS)
+
+
 def test_a_checkpoint_of_a_model_that_knows_more_is_refused_by_name():
     ckpt = saved_by(SHAPE)
     ckpt['model_args'] = {**ckpt['model_args'], 'rotary': True}

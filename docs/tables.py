@@ -109,8 +109,8 @@ def scaling(gpu):
         backward = 2 / 3 * compute / micro_steps
         cells = [f'{world_size}', f'{n_bytes / 1e6:.0f} MB', f'{1000 * compute:.0f} ms']
         for bytes_per_s in 200e9, 25e9, 3.125e9, 2 * 3.125e9:  # the last: half the bytes
-            hidden = max(0, n_bytes - last - backward * bytes_per_s)
-            step = compute + (last + hidden) / bytes_per_s
+            exposed = last + max(0, n_bytes - last - backward * bytes_per_s)
+            step = compute + exposed / bytes_per_s
             cells.append(f'{1000 * step:.0f} ms, {100 * compute / step:.0f}%')
         yield cells
 

@@ -169,7 +169,7 @@ def check_vocabulary(ckpt, meta):
     size = ckpt['model_args'].get('vocab_size', 50257)
     own = ckpt.get('meta')
     if own is None:  # nanoGPT's: only its GPT-2s can be recognized, by their size
-        own = tokens.GPT2_META if size in (50257, 50304) else meta
+        own = tokens.GPT2_META if size in tokens.GPT2_SIZES else meta
     need = meta['vocab_size']
     if need > size:
         problem = f'has {size} tokens, the data needs {need}'

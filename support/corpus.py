@@ -175,6 +175,13 @@ def naming(path, kinds):
         raise UserError(f'{path}: {" ".join(str(e).split())}') from e
 
 
+def find_documents(source, files, field):
+    """The documents below `source`, or if that is '', of the Parquet `files` on the hub."""
+    if source:
+        return local_documents(source, field)
+    return hub_documents(files, field)
+
+
 def hub_documents(files, field='text'):
     """The documents of a Parquet data set on the hub, pinned by revision in `files`."""
     import datasets

@@ -113,10 +113,13 @@ def merges_of(content):
 
 def is_gpt2(content):
     """Whether these are OpenAI's tokens, and no others."""
+    for token in content.get('added_tokens', []):
+        if token['content'] != EOT:
+            return False
     steps = content.get('pre_tokenizer') or {}
-    added = {token['content'] for token in content.get('added_tokens', [])}
-    if (added - {EOT} or content.get('normalizer') or steps.get('type') != 'ByteLevel'
-            or steps.get('add_prefix_space') or not steps.get('use_regex', True)):
+    if content.get('normalizer') or steps.get('type') != 'ByteLevel':
+        return False
+    if steps.get('add_prefix_space') or not steps.get('use_regex', True):
         return False
     text = json.dumps([content['model']['vocab'], merges_of(content)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest() == GPT2_SHA256

@@ -33,6 +33,7 @@ from support.tokenizer_json import EOT
 
 DATA = Path(__file__).resolve().parents[1] / 'data'  # the data sets
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
+GPT2_SIZES = range(50257, 50305)  # of a model's vocabulary: padded up to a multiple of 64, or not
 GPT2_FILES = {  # and their sha256
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
@@ -273,7 +274,7 @@ def model_tokenizer(source):
     if content is not None:
         return describe_tokenizer(source, content)
     size = huggingface.read_json(config).get('vocab_size')
-    if not 50257 <= size <= 50304:  # padded, or with a few more
+    if size not in GPT2_SIZES:
         raise UserError(f'{source} has {size} tokens and no tokenizer, GPT-2 has 50257: copy its '
                         'tokenizer.json into it')
     return GPT2_META

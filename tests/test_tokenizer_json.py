@@ -361,6 +361,12 @@ def test_a_folder_without_a_tokenizer_is_gpt2s_only_by_its_size(size, data, tmp_
     assert f'{hf} has {size} tokens and no tokenizer, GPT-2 has 50257: copy its' in line
 
 
+def test_a_folder_that_does_not_even_name_its_size_is_refused(tmp_path):
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(UserError, match='has None tokens and no tokenizer'):
+        tokens.model_tokenizer(tmp_path)
+
+
 def test_ranks_compare_the_hash_alone(data):
     said = [str(tokens.Tokens(data[kind], 'train')) for kind in ('gpt2', 'own')]
     assert all(re.fullmatch(r'[\d,]+ tokens, \w+ [0-9a-f]{12}', text) for text in said)

@@ -24,8 +24,5 @@ options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 with configurator.user_errors():
     meta = tokens.chosen_tokenizer(tokenizer, eot)
-    if source:
-        documents = corpus.local_documents(source, text_field)
-    else:
-        documents = corpus.hub_documents(_FILES, text_field)
+    documents = corpus.find_documents(source, _FILES, text_field)
     corpus.write_documents(HERE, documents, workers, meta)

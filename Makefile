@@ -10,7 +10,7 @@ OUT = out-shakespeare-char
 train: $(CHAR)/meta.json
 	$(PY) train.py config/train_shakespeare_char.py
 	$(PY) sample.py --out_dir=$(OUT) --max_new_tokens=500
-	@echo "checkpoint: $(OUT)/ckpt.pt  curves: $(OUT)/log.jsonl, tensorboard --logdir=$(OUT)"
+	@echo "checkpoint: $(OUT)/ckpt.pt  curves: $(OUT)/log.jsonl, $(VENV)/bin/tensorboard --logdir=$(OUT)"
 
 test: $(VENV)/dev
 	$(PY) -m ruff check .

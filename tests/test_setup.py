@@ -1,4 +1,5 @@
 """What `make` does before any script: support/venv.sh, with Pythons that are stand-ins."""
+import os
 import re
 import shutil
 import subprocess
@@ -114,3 +115,10 @@ def test_the_lowest_versions_are_those_that_requirements_admit():
         assert lowest, f'requirements.txt: {name} has no lowest version'
         assert f'{pins[name]}.0'.startswith(f'{lowest[1]}.'), (
             f'requirements.txt: {name}>={lowest[1]}, tests/lowest.txt: {pins[name]}')
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which('debootstrap') or os.geteuid() != 0,
+                    reason='needs debootstrap and root')
+def test_train_and_test_pass_in_a_minimal_debian(tmp_path):
+    subprocess.run(['sh', ROOT / 'tests/fresh.sh', tmp_path / 'debian'], check=True, timeout=7200)

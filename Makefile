@@ -1,5 +1,5 @@
-# make train   a GPT on Shakespeare, from nothing to a sample, on any machine
-# make test    environment, lint, all but the long tests: under 10 minutes on 2 cores
+# make train   trains a GPT on Shakespeare from scratch and samples from it, on any machine
+# make test    environment, lint, all tests except the long ones: under 10 minutes on 2 cores
 VENV ?= .venv
 PY = $(VENV)/bin/python
 CHAR = data/shakespeare_char
@@ -19,14 +19,14 @@ test: $(VENV)/dev
 test-long: $(VENV)/dev .venv-lm-eval/run
 	$(PY) -m pytest -m long --durations=20
 
-# In the Python that is there, if its torch finds a GPU: no network, no other package is needed.
+# In the installed Python, if its torch finds a GPU: needs no network and no other packages.
 test-cuda:
 	@if $(or $(PYTHON),python3) -c 'import numpy, pytest, torch; assert torch.cuda.is_available()' 2>/dev/null; \
 		then $(or $(PYTHON),python3) -m pytest tests/test_cuda.py; \
 		else $(MAKE) $(VENV)/dev && $(PY) -m pytest tests/test_cuda.py; fi
 
-# CI's other environments: Python, and what pip installs there beside requirements.txt. One after
-# another, each is made, tested and removed, since each takes up to 6 GB.
+# CI's other environments: the Python, and what pip installs in addition to requirements.txt. They
+# are created, tested and removed one after another, since each takes up to 6 GB.
 lowest = python3.10 -c tests/lowest.txt
 notebook = python3.10 torch==2.1.2 numpy==1.26.4 transformers==4.46.3  # T9k's Notebook image
 oldest-3.12 = python3.12 torch==2.4.1 transformers==4.46.3
@@ -56,11 +56,11 @@ test-in-%:
 bench: $(VENV)/run
 	$(PY) bench.py
 
-# Your own text, put there as input.txt, is prepared again whenever it changes.
+# Your own text, saved there as input.txt, is prepared again whenever it changes.
 $(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
 	$(PY) $(CHAR)/prepare.py
 
-# Without its mark, an environment that broke, was moved, or is of another Python is made anew.
+# Removing its mark recreates an environment that is broken, was moved, or is of another Python.
 $(shell sh support/venv.sh $(VENV) '$(PYTHON)' || rm -f $(VENV)/run)
 $(VENV)/run: requirements.txt constraints.txt
 	sh support/venv.sh $(VENV) '$(PYTHON)' -r requirements.txt -c constraints.txt

@@ -1,12 +1,12 @@
-"""Measure the speed here, in minutes: python bench.py [--cases=step] [--compile=True]
+"""Measure speed on this machine, in minutes: python bench.py [--cases=step] [--compile=True]
 
-GPT-2 124M, next to a plain program in nanoGPT's style: batches stacked from a memory
-map opened for each, sampling without a cache (timed at the mean context), checkpoints not synced;
-on CUDA compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, is next
-to tiktoken alone, scaled perfectly to all threads. Each measurement is a process, the two sides
+GPT-2 124M against a plain program in nanoGPT's style: batches stacked from a memory map opened
+for each, sampling without a cache (timed at the mean context), checkpoints not synced; on CUDA
+compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, runs against
+tiktoken alone, scaled perfectly to all threads. Each measurement is its own process, the two sides
 alternate, and medians are shown. Peak memory is the GPU's, else the process's beyond its imports.
 """
-import support.threads  # before torch: it sets what torch reads when imported
+import support.threads  # before torch, which reads these settings when imported
 import json
 import resource
 import runpy
@@ -28,8 +28,8 @@ from support.checkpoint import save_checkpoint
 from support.hardware import peak_flops, resolve_device, resolve_dtype
 from support.owner import Owner
 
-cases = 'step loader sample save'  # what to measure, one or more; also: prepare
-rounds = 2  # runs of each side
+cases = 'step loader sample save'  # what to measure, one or more of these; also: prepare
+rounds = 2  # runs per side
 batch_size = 0  # sequences per step, of 1024 tokens on a GPU, 256 elsewhere; 0: 12 or 4
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, mps
 compile = 'auto'  # compile our side of the step: auto (on for CUDA), True, False
@@ -64,7 +64,7 @@ def gpt2():
 
 
 def median_s(work, n, warm_up=0):
-    """Median seconds of n calls of work(), the device's work included."""
+    """Median seconds of n calls of work(), including the device's work."""
     def work_and_wait():
         work()
         if cuda:
@@ -96,7 +96,7 @@ def plain_step_s():
 
 
 def our_step_s(folder):
-    """train.py itself, by its log."""
+    """The step time of train.py itself, from its log."""
     sys.argv = ['train.py', f'--dataset={folder}', f'--out_dir={folder}', f'--device={device}',
                 f'--batch_size={B}', f'--block_size={T}', '--gradient_accumulation_steps=1',
                 '--max_iters=5', '--warmup_iters=0', '--eval_iters=1', f'--compile={compile}']
@@ -111,7 +111,7 @@ def our_step_s(folder):
 
 
 def step(plain, folder):
-    """B x T tokens."""
+    """One training step on B x T tokens."""
     s = plain_step_s() if plain else our_step_s(folder)
     tok_per_sec = B * T / s
     flops = gpt2().train_flops_per_token() * tok_per_sec
@@ -145,7 +145,7 @@ def sample(plain, folder):
     if not plain:
         model.to(dtype)
     for rows, n in ((1, 256), (1, 900), (8, 256)):
-        if plain:  # one token, with the mean context
+        if plain:  # one token at the mean context
             idx = torch.zeros(rows, n // 2, dtype=torch.int64, device=place)
             rate = rows / median_s(partial(model, idx), 2)
         else:
@@ -173,13 +173,13 @@ def save(plain, folder):
 
 
 def prepare(plain, folder):
-    from support import corpus  # the other cases need torch and numpy alone
+    from support import corpus  # here: the other cases need only torch and numpy
     text, _ = corpus.one_text(here / 'data/shakespeare_char')
     lines = [text[i:i + 5000].replace('\n', ' ') + '\n' for i in range(0, len(text), 5000)] * 20
     path = folder / 'text.txt'
     with open(path, 'w', encoding='utf-8') as f:
         f.writelines(lines)
-    encode = tokens.gpt2_encoding().encode_ordinary  # loaded before the clock starts, for both
+    encode = tokens.gpt2_encoding().encode_ordinary  # loaded before either clock starts
 
     def plain_work():
         for line in lines[::threads]:
@@ -193,14 +193,14 @@ def prepare(plain, folder):
 
 
 def peak_bytes():
-    """The GPU's, else this process's, its imports included."""
+    """Peak memory of the GPU, else of this process, including its imports."""
     if cuda:
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # from KiB; macOS: bytes
 
 
 def measure(case, side):
-    """{what: number} of one side of a case, from a process of its own."""
+    """{what: number} for one side of a case, measured in its own process."""
     done = subprocess.run([sys.executable, *sys.argv, f'--run={case} {side}'],
                           capture_output=True, text=True)
     if done.returncode:

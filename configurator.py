@@ -1,6 +1,6 @@
 """Options from config files and --key=value: python SCRIPT [config/x.py ...] [--key=value ...]
 
-A config file assigns options, in Python or in JSON, as a run's config.json does.
+A config file assigns options, in Python or in JSON, like a run's config.json.
 
 A script starts with its options, `name = default  # unit and meaning`, and a table of limits:
 
@@ -22,7 +22,7 @@ from types import ModuleType
 
 from support.errors import UserError
 
-# Options of other programs: what to use instead, in a script that has the option named first.
+# Options of other programs: (an option that the script must have, what to use instead).
 FOREIGN = {
     'lr': ('learning_rate', 'type --learning_rate'),
     'epochs': ('max_iters', 'type --max_iters, in optimizer steps'),
@@ -33,7 +33,7 @@ FOREIGN = {
     'backend': ('dist_timeout', 'it is chosen by device: NCCL for CUDA, else gloo'),
     'local_rank': ('dist_timeout', 'torch.distributed.launch adds it: start with torchrun instead'),
 }
-# Options that are paths: a shell leaves the ~ of --out_dir=~/x as it is, a manifest also $HOME.
+# Options that are paths. A shell does not expand --out_dir=~/x, and a manifest not even $HOME.
 PATHS = {'out_dir', 'init_from', 'dataset', 'hf_dir', 'out', 'tensorboard', 'source', 'tokenizer'}
 
 
@@ -54,15 +54,15 @@ def one_of(*words):
 
 
 def options(namespace):
-    """The options among a script's globals: its public names that hold a plain value."""
+    """The options among a script's globals: its public names with plain values."""
     return {k: v for k, v in namespace.items() if k[0] != '_' and isinstance(v, (int, float, str))}
 
 
 def override(defaults, argv, script, limits=(), typed=None):
-    """`defaults` after every config file and --key=value of `argv`, in the order given.
+    """`defaults`, overridden by each config file and --key=value in `argv`, in the order given.
 
-    limits: [((the expected values, in words; a function that checks a value), names of options)].
-    typed: a set, to which the names of the options in argv are added, whatever their value.
+    limits: [((expected values in words, function that checks a value), names of options)].
+    typed: a set that receives the names of the options in argv, whatever their values.
     A mistake ends the program with one line. --help prints the options, as set so far, and exits.
     """
     values = dict(defaults)
@@ -93,13 +93,13 @@ def override(defaults, argv, script, limits=(), typed=None):
 
 
 def repair_streams():
-    """Make standard input, output and errors usable: files opened later must not take the place of
-    a closed one, and a character that a terminal lacks is replaced."""
+    """Make standard input, output and error usable: files opened later must not take the number
+    of a closed one, and characters that the terminal cannot show are replaced."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
     for name in 'stdout', 'stderr':
         stream = getattr(sys, name)
         if stream is None:
@@ -116,7 +116,7 @@ def expand(paths):
 def check_readable(arg):
     try:
         arg.encode()
-    except UnicodeEncodeError:  # Python stands in for what it cannot read; torch fails on that
+    except UnicodeEncodeError:  # Python escapes undecodable bytes; torch fails on those
         raise UserError(f'{arg!a}: not in the encoding of this locale, '
                         f'{sys.getfilesystemencoding()}: set PYTHONUTF8=1') from None
 
@@ -125,7 +125,7 @@ def print_help(values, script):
     """Print the script's options and end the program."""
     try:
         print(usage(values, script), flush=True)
-    except BrokenPipeError:  # of `| head`: a normal exit would flush again, and fail again
+    except BrokenPipeError:  # from `| head`; a normal exit would flush and fail again
         os._exit(0)
     sys.exit()
 
@@ -139,7 +139,7 @@ def check_limits(values, limits):
 
 @contextmanager
 def user_errors():
-    """End the script with one line on a user's mistake; a bug keeps its traceback."""
+    """End the script with one line after a user's mistake; a bug keeps its traceback."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -155,7 +155,7 @@ def this_script():
 
 
 def interpreter():
-    """What to type for the Python that runs: `python` if that is the same, else its path."""
+    """What to type for the running Python: `python` if that is the same one, else its path."""
     path = Path(sys.executable)
     if shutil.which('python') == str(path.with_name('python')):
         return 'python'
@@ -165,7 +165,7 @@ def interpreter():
 
 
 def command(**changed):
-    """What to type to run this script again, with these options changed."""
+    """The command that runs this script again with these options changed."""
     words = [interpreter()]
     for arg in sys.argv:
         key = arg[2:].partition('=')[0]
@@ -177,7 +177,7 @@ def command(**changed):
 
 
 class Namespace(dict):
-    """The variables of a config file; assigned: the names that it assigns, whatever the value."""
+    """The variables of a config file. assigned: the names that it assigns, whatever the values."""
 
     def __init__(self, values):
         super().__init__(values)
@@ -189,7 +189,7 @@ class Namespace(dict):
 
 
 def read_config(path, defaults, values, typed):
-    """Run the assignments of a config file on top of `values`, whose names it may use."""
+    """Apply the assignments of a config file to `values`, whose names it may use."""
     if not Path(path).is_file():
         raise UserError(f'{path}: no such config file; expected config/x.py or --key=value')
     namespace = Namespace({**values, '__file__': path})
@@ -228,7 +228,7 @@ def parse(value, default, where):
     if isinstance(default, bool) or default == 'auto':
         value = {'true': True, 'false': False}.get(value.lower(), value)
     elif isinstance(default, (int, float)):
-        with suppress(ValueError):  # other text is left for check_type to refuse
+        with suppress(ValueError):  # check_type rejects other text
             value = type(default)(value)
     return check_type(value, default, where)
 

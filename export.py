@@ -1,13 +1,13 @@
-"""A checkpoint as a Hugging Face model folder: for transformers, vLLM, llama.cpp and train.py.
+"""Export a checkpoint as a Hugging Face folder: for transformers, vLLM, llama.cpp and train.py.
 
     python export.py --out_dir=out --hf_dir=out/hf
     python export.py --out_dir=out --hf_dir=out/hf-best --checkpoint=best.pt --dtype=bfloat16
     python sample.py --init_from=out/hf
 
-The format needs biases: a model without them is written with zeros, which changes nothing.
-The tokenizer is written, too: transformers.pipeline('text-generation', model='out/hf') just works.
+The format requires biases: a model without them gets zeros, which compute the same function.
+With the tokenizer, also written, transformers.pipeline('text-generation', model='out/hf') works.
 """
-import support.threads  # before torch: it sets what torch reads when imported
+import support.threads  # before torch, which reads these settings when imported
 import json
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from support import tokens
 from support.checkpoint import load_checkpoint
 
 out_dir = 'out'  # folder of the checkpoint
-checkpoint = 'ckpt.pt'  # file in it: ckpt.pt, the newest, or best.pt, the lowest validation loss
+checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
 hf_dir = 'hf'  # folder to write, new or empty
 dtype = 'float32'  # of the weights written: float32, bfloat16 or float16
 keep_vocab = False  # keep embeddings beyond the tokenizer's vocabulary (padded to 50304 for speed)
@@ -32,7 +32,7 @@ globals().update(configurator.override(configurator.options(globals()), sys.argv
 
 def tokenizer_files(block_size):
     """{name: text} of GPT-2's tokenizer, as transformers.AutoTokenizer reads it."""
-    tokens.gpt2_encoding()  # puts OpenAI's files into data/gpt2 if need be, and checks them
+    tokens.gpt2_encoding()  # puts OpenAI's files into data/gpt2 if needed, and verifies them
     openai = tokens.DATA / 'gpt2'
     config = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': block_size,
               'add_prefix_space': False, 'clean_up_tokenization_spaces': False,
@@ -46,7 +46,7 @@ def own_tokenizer_files(meta, block_size):
     """{name: text} of the run's tokenizer.json, as transformers.AutoTokenizer reads it."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
               'clean_up_tokenization_spaces': False, 'eos_token': meta['eot'],
-              # By default also token_type_ids, at which transformers' GPT-2 adds embeddings.
+              # The default adds token_type_ids, for which transformers' GPT-2 adds embeddings.
               'model_input_names': ['input_ids', 'attention_mask']}
     return {'tokenizer.json': meta['json'],
             'tokenizer_config.json': json.dumps(config, indent=2)}

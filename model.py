@@ -1,4 +1,4 @@
-"""GPT-2 as one nn.Module: the network, its optimizers, its weights in and out, its generation.
+"""GPT-2 as one nn.Module: the network, its optimizers, loading and saving weights, generation.
 
     model = GPT(GPTConfig())                 # GPT-2 124M with fresh weights
     logits, _ = model(idx)                   # idx (B, T) token ids -> (B, T, vocab_size)
@@ -7,7 +7,7 @@
 
 The architecture is that of "Language Models are Unsupervised Multitask Learners" (Radford et al.,
 2019): pre-norm transformer blocks, learned positions, the embedding tied to the output head.
-Parameter names are those of OpenAI's and Hugging Face's GPT-2 checkpoints: they are an interface.
+Parameter names are those of OpenAI's and Hugging Face's GPT-2 checkpoints and must not change.
 """
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in every Linear and LayerNorm; GPT-2 has them, training does well without
+    bias: bool = True  # in every Linear and LayerNorm; GPT-2 has them, but trains well without
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -50,9 +50,9 @@ def attention(q, k, v, causal, dropout):
     """softmax(q k^T / sqrt(hs)) v on (B, nh, T, hs); causal: position t sees only 0..t."""
     T, hs = q.shape[-2:]
     # On a CPU in bfloat16, torch's fused attention takes three times as long, forward and backward,
-    # as the plain form, which stores T x T weights and so is used for short sequences only.
+    # as the plain form, which stores T x T weights and is thus used only for short sequences.
     plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 256
-    if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 has none
+    if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 lacks it
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
     att = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
     if causal:
@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
             v = values[:, :, :n + T]
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, causal=T > 1, dropout=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # a CPU's cache is float32
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # on a CPU, the cache is float32
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -122,13 +122,13 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None):
     cut_tail = top_p is not None and top_p < 1
     if not top_k and not cut_tail:
         return torch.multinomial((logits / temperature).softmax(-1), 1)
-    # Likeliest first: top_p adds up from there, and drawing from few is faster.
+    # Sorted, likeliest first: top_p accumulates from there, and drawing from few is faster.
     V = logits.size(-1)
     logits, ids = logits.topk(min(top_k or V, V))
     probs = (logits / temperature).softmax(-1)
     if cut_tail:
         before = probs.cumsum(-1) - probs  # total probability of the likelier tokens
-        probs = probs.masked_fill(before >= top_p, 0)  # the first always stays
+        probs = probs.masked_fill(before >= top_p, 0)  # the first token always stays
     return ids.gather(-1, torch.multinomial(probs, 1))
 
 
@@ -149,7 +149,7 @@ class GPT(nn.Module):
             if p.dim() >= 2:
                 std = 0.02
                 if name.endswith('c_proj.weight'):
-                    # Two branches a layer add up in the residual stream: GPT-2, section 2.3.
+                    # Each layer adds two branches to the residual stream: GPT-2, section 2.3.
                     std = 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=std)
             elif name.endswith('bias'):
@@ -158,15 +158,15 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, loss), the
         mean cross-entropy in nats over the targets other than -1, nan if there are none. Returning
-        the logits, too, would cost a compiled step a second tensor of their size, the largest."""
+        the logits as well would cost a compiled step a second tensor of that size, its largest."""
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        logits = logits.flatten(0, 1).float()  # 16 bits are too few for a sum over the vocabulary
+        logits = logits.flatten(0, 1).float()  # 16 bits are too few to sum over the vocabulary
         return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def hidden(self, idx, cache=None, n=0):
-        """The last layer's output (B, T, C), normalized. cache: a `new_cache`, filled up to n."""
+        """The final LayerNorm's output (B, T, C). cache: from `new_cache`, filled up to n."""
         T = idx.size(1)
         block_size = self.config.block_size
         assert n + T <= block_size, f'{n + T} tokens, but block_size is {block_size}'
@@ -182,21 +182,21 @@ class GPT(nn.Module):
 
     # --------------------------------------------------------------------------------- training
     def num_params(self, positions=True):
-        """Parameters, the tied embedding once, and wpe if positions are to be counted."""
+        """The number of parameters; the tied embedding counts once, wpe only if `positions`."""
         n = sum(p.numel() for p in self.parameters())
         if not positions:
             n -= self.transformer.wpe.weight.numel()
         return n
 
     def train_flops_per_token(self):
-        """Training FLOPs, forward plus backward, that one token costs: 6 N + 12 L d T. N leaves out
-        wpe, a lookup; wte is the head's weight too. Source: PaLM, arXiv:2204.02311, appendix B."""
+        """Training FLOPs per token, forward plus backward: 6 N + 12 L d T. N excludes wpe, which is
+        a lookup, but not wte, the head's weight. Source: PaLM, arXiv:2204.02311, appendix B."""
         c = self.config
         return 6 * self.num_params(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def configure_optimizers(self, name, learning_rate, muon_learning_rate, betas, weight_decay):
         """[AdamW] or, for the name 'muon', [Muon, AdamW]. AdamW decays matrices and embeddings,
-        not biases and norms. Muon (Jordan et al., 2024) takes the matrices inside the blocks."""
+        not biases and norms. Muon (Jordan et al., 2024) updates the matrices inside the blocks."""
         if name not in ('adamw', 'muon'):
             raise UserError(f'optimizer={name}: expected adamw or muon')
         optimizers = []
@@ -207,13 +207,13 @@ class GPT(nn.Module):
                                 f'{torch.__version__}; type --optimizer=adamw')
             matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
             taken = set(matrices)
-            params = [p for p in params if p not in taken]  # what is left for AdamW
+            params = [p for p in params if p not in taken]  # the rest is for AdamW
             optimizers.append(torch.optim.Muon(matrices, lr=muon_learning_rate, momentum=0.95,
                                                weight_decay=weight_decay))
         options = {'lr': learning_rate, 'betas': betas}
-        # One kernel for all parameters: CUDA has it since torch 2.0, the CPU since 2.4.
+        # One kernel for all parameters: available on CUDA since torch 2.0, on the CPU since 2.4.
         least = '2.0' if self.lm_head.weight.is_cuda else '2.4'
-        if torch.__version__ >= least:  # no plain string: '2.13' counts as more than '2.4'
+        if torch.__version__ >= least:  # a TorchVersion, not a string: '2.13' > '2.4'
             options['fused'] = True
         decayed = [p for p in params if p.dim() >= 2]
         others = [p for p in params if p.dim() < 2]
@@ -225,11 +225,11 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------------- weights in and out
     @torch.no_grad()
     def load_weights(self, source, tensors):
-        """Copy `tensors`, named as in state_dict(), into the model; UserError if they are another
-        model's. Each is dropped from the dict once copied, which frees the mapped file's memory."""
+        """Copy `tensors`, named as in state_dict(), into the model; UserError if they do not
+        fit. Each is removed from the dict once copied, which frees the mapped file's memory."""
         own = self.state_dict()
         if self.lm_head.weight is self.transformer.wte.weight:
-            del own['lm_head.weight']  # one weight: files have it under either name, or both
+            del own['lm_head.weight']  # one weight, stored under either name or both
             head = tensors.pop('lm_head.weight', None)
             if head is not None:
                 wte = tensors.setdefault('transformer.wte.weight', head)
@@ -250,7 +250,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, ckpt, **changed):
-        """The GPT in ckpt, a dict from `load_checkpoint`. changed: e.g. dropout=0.1."""
+        """The GPT in ckpt, a dict from `load_checkpoint`. changed: new values, e.g. dropout=0.1."""
         args = ckpt['model_args'] | changed
         fields = GPTConfig.__dataclass_fields__
         if not args.keys() <= fields.keys():
@@ -263,16 +263,16 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, block_size=None, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face hub, or a GPT-2
-        in a folder of that format. A smaller block_size cuts the positions."""
-        from support import huggingface  # here, since training from scratch does not need it
+        in a folder of that format. A smaller block_size drops the positions beyond it."""
+        from support import huggingface  # here: training from scratch does not need it
         ckpt = huggingface.load(source, block_size)
         model = cls(GPTConfig(**ckpt['model_args'], dropout=dropout))
         model.load_weights(source, ckpt['model'])
         return model
 
     def save_pretrained(self, folder, dtype=None, vocab_size=None, files=None, eot=50256):
-        """Write a Hugging Face GPT-2, which `from_pretrained` reads back, as a new folder: weights
-        in dtype, vocab_size embeddings, `files` {name: text}, and the id that ends a text."""
+        """Write a new folder in Hugging Face format, which `from_pretrained` can read: weights in
+        dtype, the first vocab_size embeddings, `files` {name: text} and eot, the end-of-text id."""
         from support import huggingface
         for name, value in vars(self.config).items():
             if name not in huggingface.FIELDS and value != getattr(GPTConfig, name):
@@ -296,9 +296,9 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
         """Yield the next token (B, 1) of the sequences idx (B, T), max_new_tokens times.
 
-        temperature 0 takes the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
-        above vocab_size (a padded vocabulary) are never drawn. Within block_size, keys and values
-        are kept; past it the window slides, every position changes and all is recomputed."""
+        temperature 0 picks the likeliest; top_k, top_p (arXiv:1904.09751) cut the tail; ids at or
+        above vocab_size (a padded vocabulary) are never drawn. Keys and values are cached up to
+        block_size; beyond it, the window slides, so all positions change and are recomputed."""
         block_size = self.config.block_size
         window = idx[:, -block_size:]
         cache = self.new_cache(idx.size(0))

@@ -1,10 +1,10 @@
-"""Plot the losses in log.jsonl, also while a run is training: as a picture, or for TensorBoard.
+"""Plot the losses in log.jsonl, even during training, as a picture or for TensorBoard.
 
     python plot.py --out_dir=out-shakespeare-char         # -> out-shakespeare-char/loss.svg
     python plot.py --out_dir=out-a,out-b --out=both.png   # several runs in one picture
     python plot.py --out_dir=out-a,out-b --table=True     # their last and lowest validation losses
 """
-import support.threads  # before torch: it sets what torch reads when imported
+import support.threads  # before torch, which reads these settings when imported
 import sys
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import configurator
 from support.errors import UserError
 from support.metrics import read_log
 
-out_dir = 'out'  # folder of a run, or of several, separated by commas
-out = ''  # picture to draw, .svg or .png or .pdf; empty: loss.svg in the first run's folder
+out_dir = 'out'  # folder of a run, or several folders separated by commas
+out = ''  # picture to draw, .svg, .png or .pdf; empty: loss.svg in the first run's folder
 tensorboard = ''  # folder for TensorBoard's event files, written instead of a picture
 table = False  # print each run's last step, last and lowest validation loss instead of a picture
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
@@ -23,11 +23,11 @@ CURVES = (  # name in the log, label, style
     ('train_loss', 'train', {'linestyle': '--'}),
     ('val_loss', 'validation', {}),
 )
-MOST = 3  # runs whose curves are all drawn; of more, the validation losses alone
+MOST = 3  # up to this many runs, all curves are drawn; beyond that, only validation losses
 
 
 def read_numbers(path):
-    """[(step, name, number)] of all that a run has logged."""
+    """Every number that a run has logged, as [(step, name, number)]."""
     numbers = []
     for entry in read_log(path):
         step = entry.pop('iter')
@@ -38,8 +38,8 @@ def read_numbers(path):
 
 
 def draw(runs, picture):
-    """The curves of all runs in one picture, a color for each run. Of more than MOST, only the
-    validation losses, and their legend beside the picture."""
+    """Draw the curves of all runs in one picture, one color per run. For more than MOST runs, draw
+    only the validation losses, with the legend beside the axes."""
     from matplotlib.figure import Figure
     figure = Figure((7.6, 3.8), layout='constrained')
     suffix = Path(picture).suffix[1:].lower()
@@ -66,7 +66,7 @@ def draw(runs, picture):
 
 
 def table_of(runs):
-    """A line for each run: its last step, its last and its lowest validation loss, and where."""
+    """A line per run: last step, last and lowest validation loss, and the step of the lowest."""
     width = max(len(run) for run in runs)
     lines = [f'{"run":{width}}     step  val loss    lowest   at step']
     for run, numbers in runs.items():
@@ -93,7 +93,7 @@ with configurator.user_errors():
         from torch.utils.tensorboard import SummaryWriter
         for run, numbers in runs.items():
             folder = Path(tensorboard, run.strip('./').replace('/', '-'))
-            with SummaryWriter(folder, purge_step=0) as board:  # replaces what older files have
+            with SummaryWriter(folder, purge_step=0) as board:  # replaces older contents
                 for step, name, number in numbers:
                     board.add_scalar(name, number, step)
         print(f'{tensorboard}: the losses of {out_dir}')

@@ -1,10 +1,10 @@
-"""Generate text with a checkpoint, or with GPT-2.
+"""Generate text with a checkpoint or with OpenAI's GPT-2.
 
     python sample.py                                              # the newest checkpoint in out/
     python sample.py --out_dir=out-shakespeare-char --start='O Romeo'
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --num_samples=3
 """
-import support.threads  # before torch: it sets what torch reads when imported
+import support.threads  # before torch, which reads these settings when imported
 import signal
 import sys
 import time
@@ -23,15 +23,15 @@ out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
 init_from = 'resume'  # resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder
 start = '\n'  # the text to continue, or FILE:path to take it from a file
-num_samples = 1  # texts, one after the other
-stop = ''  # a text at which each one ends, which is not printed, e.g. <|endoftext|>; empty: none
-max_new_tokens = 500  # tokens in each, at most
+num_samples = 1  # number of texts, generated one after another
+stop = ''  # ends a text where it appears, and is not printed, e.g. <|endoftext|>; empty: none
+max_new_tokens = 500  # most tokens per text
 temperature = 0.8  # 0: greedy; below 1: more predictable; above 1: more random
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens with this total probability; 1: from all
-seed = 1337  # of the draws
+seed = 1337  # for drawing tokens
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-dtype = 'auto'  # of the weights: auto (bfloat16 where the hardware has it), float32, ...
+dtype = 'auto'  # of the weights: auto (bfloat16 if the hardware supports it), float32, ...
 limits = [
     (at_least(0), ['max_new_tokens', 'top_k']),
     (at_least(1), ['num_samples']),
@@ -56,7 +56,7 @@ def prompt_text():
 
 
 def cut_at_stop(text):
-    """What can be printed of the text, what may be the beginning of `stop`, and if it is in it."""
+    """(text to print, an ending that may be the beginning of `stop`, whether `stop` was found)."""
     if stop and stop in text:
         return text.partition(stop)[0], '', True
     rest = text
@@ -85,7 +85,7 @@ with configurator.user_errors():
 
 
 def text_after(shown, held):
-    """What the tokens `held` add to the text: it depends on those before them."""
+    """The text that the tokens `held` add, which depends on the tokens before them."""
     return encoding.decode(shown + held)[len(encoding.decode(shown)):]
 
 
@@ -93,7 +93,7 @@ model.eval().to(place, getattr(torch, number_format))
 torch.manual_seed(seed)
 idx = torch.tensor([prompt], device=place)
 if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it: no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe: not an error
 n_tokens = 0
 began = time.perf_counter()
 try:
@@ -116,8 +116,8 @@ try:
                     break
         new, rest, _ = cut_at_stop(rest + text_after(shown, held))
         print(new + rest)
-        print('---------------', flush=True)  # before the line on standard errors
+        print('---------------', flush=True)  # before the line on standard error
 except KeyboardInterrupt:
-    print(flush=True)  # ends the text's line
+    print(flush=True)  # end the unfinished line
 seconds = time.perf_counter() - began
 print(f'{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s on {place}', file=sys.stderr)

@@ -1,13 +1,13 @@
-"""Train a GPT on token files, in one process or in many that share every step.
+"""Train a GPT on token files, in one process or in several that share each step.
 
     python train.py config/train_shakespeare_char.py                  # minutes, on a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     kubectl create -f job.yaml                                        # a cluster: see README.md
 
 config -> distributed -> data -> model -> optimizer -> loop (eval, checkpoint, step, log).
-With --init_from=resume a killed run resumes where it stopped, on any number of processes.
+With --init_from=resume, a killed run resumes where it stopped, on any number of processes.
 """
-import support.threads  # before torch: it sets what torch reads when imported
+import support.threads  # before torch, which reads these settings when imported
 import copy
 import math
 import os
@@ -28,29 +28,29 @@ from support.metrics import Log
 # the run
 out_dir = 'out'  # folder for ckpt.pt, best.pt, log.jsonl, config.json and tb/ (TensorBoard)
 init_from = 'scratch'  # scratch, resume, auto (either), FILE.pt, gpt2[-medium|-large|-xl], a folder
-max_iters = 600_000  # optimizer steps in all
+max_iters = 600_000  # total optimizer steps
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches of batch_size sequences per evaluation and split
-eval_only = False  # evaluate once, print, write nothing
-checkpoint_interval = 0  # steps between further checkpoints; 0: none
+eval_only = False  # evaluate once and print the losses; writes nothing
+checkpoint_interval = 0  # steps between additional checkpoints; 0: none
 log_interval = 1  # steps between log lines
-seed = 1337  # of the initial weights, the batches and dropout
+seed = 1337  # for the initial weights, batches and dropout
 # the data
 dataset = 'openwebtext'  # folder below data/, or a path
 block_size = 1024  # tokens per sequence
-batch_size = 12  # sequences per micro-step and process, at most; limited by memory
+batch_size = 12  # most sequences per micro-step and process; limited by memory
 gradient_accumulation_steps = 40  # global batch = batch_size x this, over all processes
-# the model; a run that starts from a checkpoint has its shape, and refuses another if typed
+# the model; a checkpoint's shape overrides these defaults, and typing a different one is an error
 n_layer = 12  # blocks
 n_head = 12  # attention heads per block
 n_embd = 768  # width of the residual stream
 dropout = 0.0  # probability; 0 for pretraining, 0.1 or more for fine-tuning
-bias = False  # biases in Linear and LayerNorm, as GPT-2 has them
+bias = False  # biases in Linear and LayerNorm, as in GPT-2
 # the optimizer
 optimizer = 'adamw'  # adamw (GPT-2's) or muon (for the blocks' matrices, AdamW for the rest)
 learning_rate = 6e-4  # AdamW's peak
 muon_learning_rate = 0.02  # Muon's peak; follows the same schedule
-min_lr = 6e-5  # AdamW's final rate; equal to learning_rate: no decay
+min_lr = 6e-5  # AdamW's final rate; no decay if equal to learning_rate
 lr_schedule = 'cosine'  # shape of the decay: cosine or linear
 warmup_iters = 2000  # steps of linear warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0: max_iters
@@ -60,10 +60,10 @@ beta2 = 0.95  # AdamW's
 grad_clip = 1.0  # maximum norm of the whole gradient; 0: no clipping
 # the machine
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-dtype = 'auto'  # auto (bfloat16 where the hardware has it), float32, bfloat16, float16
+dtype = 'auto'  # auto (bfloat16 if the hardware supports it), float32, bfloat16, float16
 compile = 'auto'  # torch.compile: auto (on for CUDA), True, False
 dist_timeout = 600  # seconds after which an unresponsive process counts as lost
-grad_compress = False  # all-reduce gradients as bfloat16: half the bytes on a slow network
+grad_compress = False  # all-reduce gradients in bfloat16: half the bytes on a slow network
 limits = [
     (at_least(0), ['max_iters', 'checkpoint_interval', 'warmup_iters', 'lr_decay_iters', 'min_lr',
                    'muon_learning_rate', 'weight_decay', 'grad_clip']),
@@ -76,7 +76,7 @@ limits = [
     (one_of('auto', 'float32', 'bfloat16', 'float16'), ['dtype']),
     (one_of('auto', True, False), ['compile']),
 ]
-typed = set()  # names of the options in the command and its config files
+typed = set()  # names of the options set on the command line and in config files
 config = configurator.override(configurator.options(globals()), sys.argv[1:], __file__, limits,
                                typed)
 globals().update(config)
@@ -84,14 +84,14 @@ decay_end = lr_decay_iters if lr_decay_iters > 0 else max_iters
 max_norm = grad_clip if grad_clip > 0 else math.inf
 
 # ----------------------------------------------------------------------------- distributed
-# Everything before join() fails within seconds: each process finds a user's mistakes by itself.
+# Everything before join() fails within seconds: each process detects a user's mistakes itself.
 stop = distributed.StopRequest()  # SIGTERM, Ctrl-C
 with user_errors():
     rank, local_rank, world_size = distributed.environment()
     torch_device, amp_dtype = hardware.resolve(device, dtype, local_rank)
     if warmup_iters > decay_end > 0:
         raise UserError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
-    sequences = batch_size * gradient_accumulation_steps  # in one step, over all processes
+    sequences = batch_size * gradient_accumulation_steps  # per step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp = world_size > 1
 is_main = rank == 0
@@ -108,8 +108,8 @@ def train_rows(iter_num):
     """This process's micro-batches from step iter_num on: rows of block_size + 1 tokens."""
     share = sequences // world_size
     while True:
-        # One draw for all processes together, of which each takes its slice: a step has the same
-        # tokens on any number of processes, and after any restart.
+        # One draw for all processes, each of which takes its slice: a step has the same tokens on
+        # any number of processes, and after any restart.
         offsets = data['train'].random_offsets([seed, 0, iter_num], sequences, block_size + 1)
         own_offsets = offsets[rank * share:(rank + 1) * share]
         for i in range(0, share, micro_batch_size):
@@ -118,7 +118,7 @@ def train_rows(iter_num):
 
 
 def eval_rows(split):
-    """This process's part of the eval_iters batches of an evaluation, the same every time."""
+    """This process's share of the eval_iters batches, the same ones at every evaluation."""
     key = [seed, ('train', 'val').index(split), 2**32 - 1]  # no step has this number
     offsets = data[split].random_offsets(key, eval_iters * batch_size, block_size + 1)
     for batch in range(rank, eval_iters, world_size):
@@ -133,7 +133,7 @@ vocab_size = tokens.padded_size(meta)
 
 
 def find_start():
-    """(name of what the run starts from, the state found there). No model in it: fresh weights."""
+    """(name of the starting point, its state). A state without a model means fresh weights."""
     saved = checkpoint.exists(ckpt_path)
     if init_from == 'resume' or (init_from == 'auto' and saved):
         return ckpt_path, checkpoint.load_checkpoint(ckpt_path)
@@ -148,14 +148,14 @@ def find_start():
 torch.manual_seed(seed)
 with user_errors():
     state = {}
-    if is_main:  # it decides for all: a shared disk can look different from two nodes
+    if is_main:  # it decides for all: two nodes can see different states of a shared disk
         origin, state = find_start()
         shape, kept = checkpoint.reconcile(state, config, typed, meta)
         if not eval_only:
             os.makedirs(out_dir, exist_ok=True)
         finished = state.get('iter_num', 0) >= max_iters and state.get('val_loss') is not None
         if finished and ddp and not (eval_only or distributed.UNDER_TORCHRUN):
-            # A restarted worker, whose peers have exited.
+            # This is a restarted worker whose peers have exited.
             distributed.leave(0, f'{ckpt_path} has all its {state["iter_num"]} steps')
         raw_model = GPT(shape)
         if 'model' in state:
@@ -168,7 +168,7 @@ same_run = config | {'dtype': amp_dtype, 'data': [str(data['train']), str(data['
 with user_errors(), distributed.lost_peers():
     rendezvous.join('nccl' if torch_device.type == 'cuda' else 'gloo', same_run, dist_timeout)
     state = distributed.share(state, torch_device)
-    config.update(state['kept'])  # what the checkpoint has and was not typed
+    config.update(state['kept'])  # the checkpoint's options that were not typed
     globals().update(config)
     if not is_main:
         raw_model = GPT(GPTConfig(**state['model_args']))
@@ -177,8 +177,8 @@ with user_errors(), distributed.lost_peers():
     model = raw_model
     compiled = torch_device.type == 'cuda' if compile == 'auto' else compile
     if compiled:
-        # Batches of training and evaluation may differ in rows, and each size is compiled: DDP
-        # splits the model into parts, which cannot be compiled for a dynamic number of rows.
+        # Training and evaluation batches may differ in size, and each size is compiled: DDP splits
+        # the model into parts, which cannot be compiled for a dynamic number of rows.
         model = torch.compile(model, dynamic=False)
     if ddp:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -203,7 +203,7 @@ if state.get('scaler'):
 
 
 def lr_factor(iter_num):
-    """What each optimizer's peak learning rate is multiplied by after `iter_num` steps."""
+    """The factor on each optimizer's peak learning rate after `iter_num` steps."""
     if iter_num < warmup_iters:
         return (iter_num + 1) / (warmup_iters + 1)
     final = min_lr / learning_rate
@@ -221,7 +221,7 @@ def lr_factor(iter_num):
 tokens_per_step = sequences * block_size
 peak_flops = world_size * hardware.peak_flops(torch_device)
 with user_errors():
-    # The folder is this run's from here on, until a later one claims it.
+    # From here on, this run owns the folder, until a later run claims it.
     claims = is_main and not eval_only
     owner = checkpoint.claim(out_dir, state.get('iter_num')) if claims else None
     log = Log(config, owner=owner, is_main=is_main, iter_num=iter_num, val_loss=val_loss,
@@ -240,7 +240,7 @@ if is_main:
 
 @torch.no_grad()
 def evaluate():
-    """{name: mean loss of a split, and the seconds taken}; the exit code if a stop cut it short."""
+    """{name: mean loss of a split, or seconds taken}, and the exit code if a stop cut it short."""
     began = time.perf_counter()
     losses = {'train_loss': torch.zeros(eval_iters, device=torch_device),
               'val_loss': torch.zeros(eval_iters, device=torch_device)}
@@ -253,7 +253,7 @@ def evaluate():
                 _, loss = model(X, Y)
             losses[f'{split}_loss'][rank + i * world_size] = loss
     model.train()
-    # Each batch has its place, which is 0 on all ranks but the one that computed it.
+    # Each batch has its own entry, which is 0 on all ranks but the one that computed it.
     sums, exit_code = distributed.sum_over_ranks(losses, stop)
     numbers = {name: places.mean().item() for name, places in sums.items()}
     if not math.isfinite(numbers['val_loss']):
@@ -283,7 +283,7 @@ if eval_only:
 with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else None):
     batches = hardware.batches(train_rows(iter_num), torch_device)
     exit_code = 0
-    stop.armed = True  # from now on a signal waits for the end of the step
+    stop.armed = True  # from now on, a signal takes effect at the end of a step
     while True:
         # eval
         last = iter_num >= max_iters
@@ -313,7 +313,7 @@ with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else Non
         loss_sum = torch.zeros(1, device=torch_device)
         for micro_step in range(micro_steps):
             X, Y = next(batches)
-            noise = np.random.SeedSequence([seed, iter_num, rank, micro_step])  # dropout's
+            noise = np.random.SeedSequence([seed, iter_num, rank, micro_step])  # dropout
             torch.manual_seed(int(noise.generate_state(1)[0]))
             # DDP averages the gradients once, after the last micro-step.
             model.require_backward_grad_sync = micro_step == micro_steps - 1
@@ -325,12 +325,12 @@ with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else Non
         for o in optimizers:
             scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
-        # The step's only wait for the device. All ranks get the same numbers and the same request
-        # to stop here, so that all of them take the step or none does.
+        # The step's only wait for the device. All ranks get the same numbers and the same stop
+        # request here, so either all of them take the step or none does.
         numbers, exit_code = distributed.mean_over_ranks(
             {'loss': loss_sum, 'grad_norm': grad_norm}, stop)
         finite = math.isfinite(numbers['grad_norm'])
-        # float16's scaler expects infinite gradients now and then: it skips the step.
+        # float16's scaler expects an infinite gradient now and then, and skips that step.
         if not (math.isfinite(numbers['loss']) and (finite or scaler.is_enabled())):
             raise UserError(
                 f'step {iter_num + 1}: loss {numbers["loss"]}, grad norm {numbers["grad_norm"]}; '

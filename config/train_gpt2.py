@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     kubectl create -f job.yaml
 
-Any number of processes that divides 480 trains on the same batches. Larger micro-batches fill a GPU
-of 80 GB, with the same 480 sequences a step and as many in an evaluation:
+Any number of processes that divides 480 trains on the same batches. Larger micro-batches fill an
+80 GB GPU, with the same 480 sequences per step and the same number per evaluation:
 
     --batch_size=60 --gradient_accumulation_steps=8 --eval_iters=40      # 1 to 8 GPUs
 

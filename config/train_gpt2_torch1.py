@@ -2,8 +2,8 @@
 
     kubectl create -f job_torch1.yaml
 
-For GPUs of 16 GB or more: 6 sequences take 13.4 GB by the formula of docs/sizes.md, since the
-attention of torch 1.13 stores its T x T weights, and nothing is compiled.
+For GPUs of 16 GB or more: 6 sequences take 13.4 GB by the formula in docs/sizes.md, since the
+attention of torch 1.13 stores its T x T weights and nothing is compiled.
 """
 out_dir = 'out-gpt2-torch1'
 init_from = 'auto'

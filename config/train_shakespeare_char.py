@@ -1,4 +1,4 @@
-"""A small GPT on the characters of Shakespeare's works: the quick start, 1 to 3 minutes.
+"""A small character-level GPT on Shakespeare's works: the quick start, 1 to 3 minutes.
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char.py

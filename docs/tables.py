@@ -1,7 +1,7 @@
-"""Write the tables whose numbers follow from formulas into the pages: python docs/tables.py
+"""Write the tables of computed figures into the pages: python docs/tables.py
 
-A comment `<!-- rows: NAME -->` stands above each; the rows below its heading are made here.
-The formulas are explained in docs/sizes.md.
+A comment `<!-- rows: NAME -->` marks each table; the rows below its header are generated here.
+docs/sizes.md explains the formulas.
 """
 import re
 import sys
@@ -36,8 +36,8 @@ def model_of(size):
 
 
 def bytes_of_a_step(model, sequences, compiled):
-    """The memory of a training step: 18 bytes a parameter; a token takes 36 a layer and channel,
-    and 2 or 12 for each of its logits."""
+    """The memory of a training step: 18 bytes per parameter; per token, 36 bytes for each layer
+    and channel, and 2 (compiled) or 12 for each logit."""
     c = model.config
     bytes_per_logit = 2 if compiled else 12
     token = 36 * c.n_layer * c.n_embd + bytes_per_logit * c.vocab_size
@@ -50,12 +50,12 @@ def fixed_gb(size):
 
 
 def gb_per_sequence(size, compiled):
-    """GPU memory that each sequence of 1024 tokens of a micro-batch adds, in GB."""
+    """GPU memory per sequence of 1024 tokens in a micro-batch, in GB."""
     return bytes_of_a_step(model_of(size), 1, compiled) / 1e9 - fixed_gb(size)
 
 
 def compute_s(size, gpu, world_size, sequences=480):
-    """Seconds of a step of that many sequences of 1024 tokens, without communication."""
+    """Seconds per step of `sequences` sequences of 1024 tokens, without communication."""
     flops = sequences * 1024 * model_of(size).train_flops_per_token()
     return flops / (world_size * PEAKS[gpu] * MFU)
 
@@ -98,7 +98,7 @@ def batches():
 
 
 def scaling(gpu):
-    """gpt2 over networks: ring all-reduce, partly hidden behind the last backward pass."""
+    """gpt2 on several networks: a ring all-reduce, which partly overlaps with the last backward."""
     for world_size, sequences in (8, 480), (16, 480), (64, 512):
         sent = 2 * (world_size - 1) / world_size * 4  # bytes per parameter and process
         n_bytes = sent * model_of('gpt2').num_params()
@@ -108,7 +108,7 @@ def scaling(gpu):
         micro_steps = min(m for m in range(1, share + 1) if share % m == 0 and share // m <= 12)
         backward = 2 / 3 * compute / micro_steps
         cells = [f'{world_size}', f'{n_bytes / 1e6:.0f} MB', f'{1000 * compute:.0f} ms']
-        for bytes_per_s in 200e9, 25e9, 3.125e9, 2 * 3.125e9:  # the last: half the bytes
+        for bytes_per_s in 200e9, 25e9, 3.125e9, 2 * 3.125e9:  # the last: compressed to half
             exposed = last + max(0, n_bytes - last - backward * bytes_per_s)
             step = compute + exposed / bytes_per_s
             cells.append(f'{1000 * step:.0f} ms, {100 * compute / step:.0f}%')
@@ -123,7 +123,7 @@ ROWS = {
 
 
 def with_tables(page):
-    """The page with its rows as they should be."""
+    """The page with its table rows up to date."""
     def with_rows(found):
         function, *arguments = ROWS[found[2]]
         rows = [f'| {" | ".join(cells)} |\n' for cells in function(*arguments)]

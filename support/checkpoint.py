@@ -8,12 +8,12 @@ from support import compat, distributed, huggingface, tokens
 from support.errors import UserError
 from support.owner import Owner
 
-# Options in which a run follows the checkpoint that it starts from, unless they were typed.
+# Options that a run takes from the checkpoint that it starts from, unless they were typed.
 FOLLOWED = {'optimizer', *GPTConfig.__dataclass_fields__} - {'block_size', 'vocab_size', 'dropout'}
 
 
 def exists(path):
-    """Whether the file exists. OSError if the disk does not answer: the file may exist."""
+    """Whether the file exists. OSError if the disk does not respond: the file may exist."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -24,17 +24,17 @@ def exists(path):
 # ------------------------------------------------------------------------------------- saving
 
 def claim(folder, iter_num):
-    """The Owner of the folder, this process. iter_num: of the ckpt.pt that it starts from, or None.
+    """Claim the folder: its new Owner. iter_num: of the ckpt.pt that this run starts from, or None.
 
-    The owner before may have saved once more while this process waited for others. Then this one
-    claims nothing and ends with 138, to be started again and to read the newer state.
+    The previous owner may have saved once more while this process waited for the others. If so,
+    this process claims nothing and exits with 138, to be restarted and to read the newer state.
     """
     path = os.path.join(folder, 'ckpt.pt')
     newest = None
     if exists(path):
         try:
             newest = load_checkpoint(path).get('iter_num')
-        except UserError:  # damaged meanwhile: nothing newer than what was read of it
+        except UserError:  # damaged since: nothing newer than what was read
             newest = iter_num
     if newest != iter_num:
         distributed.leave(distributed.PEER_LOST, f'{path} was saved by another run meanwhile, at '
@@ -45,15 +45,15 @@ def claim(folder, iter_num):
 def save_checkpoint(owner, state, best=False):
     """Write `state` (tensors and plain types only) as ckpt.pt of the owner's folder.
 
-    best: as best.pt, too: a hard link if the file system has them, else a copy. Neither file is
-    ever half written. UserError if the folder was taken over, OSError if a file cannot be written;
-    existing checkpoints are untouched.
+    best: write best.pt, too: a hard link if the file system supports them, else a copy. Neither
+    file is ever half written. UserError if another run took over the folder, OSError if a file
+    cannot be written; existing checkpoints are untouched.
     """
     owner.look()
     try:
         try:
             write_checkpoint(owner, state, best)
-        except FileNotFoundError:  # the folder was moved away meanwhile, or taken over and swept
+        except FileNotFoundError:  # the folder was moved, or taken over and cleaned up
             owner.look()
             write_checkpoint(owner, state, best)
     except (OSError, RuntimeError) as error:
@@ -73,10 +73,10 @@ def write_checkpoint(owner, state, best):
         with open(tmp, 'wb') as f:
             compat.save(state, f)
             f.flush()
-            os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
+            os.fsync(f.fileno())  # else a node crash can leave a renamed but empty file
         if best:
             link_or_copy(tmp, best_tmp)
-        owner.look()  # writing has taken a while
+        owner.look()  # writing took a while
         if best:
             best_tmp.replace(owner.folder / 'best.pt')
         tmp.replace(owner.folder / 'ckpt.pt')  # a pod can be killed; a rename is all or nothing
@@ -102,11 +102,11 @@ def load_checkpoint(path):
                         'a new run with --init_from=auto')
     try:
         ckpt = compat.load(str(path))
-    except OSError as error:  # the disk's word: no rights, no answer, a stale handle
+    except OSError as error:  # the disk's own: no permission, no response, a stale handle
         raise OSError(f'{path}: cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or no checkpoint ({type(error).__name__})'
-        if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # torch 2.1 says the latter
+        if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # the latter: torch 2.1
             what = 'holds more than tensors and plain types, which could run code'
         raise UserError(f'{path}: {what}: expected a file that train.py wrote') from error
     for key in ('model', 'model_args'):
@@ -114,19 +114,19 @@ def load_checkpoint(path):
             raise UserError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
     weights = {}
     for name, tensor in ckpt['model'].items():
-        # nanoGPT saved compiled and wrapped modules, and with torch < 2.0 the causal masks.
+        # nanoGPT saved compiled and wrapped modules and, with torch < 2.0, the causal masks.
         if not name.endswith(MASKS):
             weights[name.replace('_orig_mod.', '').replace('module.', '')] = tensor
     ckpt['model'] = weights
-    ckpt['model_args'] = vars(GPTConfig()) | ckpt['model_args']  # nanoGPT's first lack bias
+    ckpt['model_args'] = vars(GPTConfig()) | ckpt['model_args']  # nanoGPT's oldest lack bias
     if 'best_val_loss' in ckpt:
         ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor
     return ckpt
 
 
 def load_pretrained(source, block_size):
-    """What a new run starts from, its positions cut to block_size: the weights in FILE.pt, a
-    checkpoint of train.py or nanoGPT, or those of a GPT-2 on the hub or in a folder."""
+    """The state that a new run starts from, with positions cut to block_size: the weights of
+    FILE.pt, a checkpoint of train.py or nanoGPT, or of a GPT-2 on the hub or in a folder."""
     if not source.endswith('.pt'):
         return huggingface.load(source, block_size) | {'meta': tokens.model_tokenizer(source)}
     saved = load_checkpoint(source)
@@ -136,11 +136,11 @@ def load_pretrained(source, block_size):
 
 
 def reconcile(ckpt, config, typed, meta):
-    """The GPTConfig of a run with the options `config` that starts from `ckpt`, and {name: value}
-    of the options that it has from there, where they differ and were not typed. UserError if
-    `ckpt` does not fit what was typed, or the tokenizer of the data, `meta`."""
+    """The GPTConfig of a run that starts from `ckpt` with the options `config`, and {name: value}
+    of the options that it takes from `ckpt` because they differ and were not typed. UserError if
+    `ckpt` contradicts what was typed, or `meta`, the tokenizer of the data."""
     saved = dict(ckpt['model_args'])
-    if 'optimizer' in ckpt:  # AdamW's is the only state that nanoGPT's checkpoints can hold
+    if 'optimizer' in ckpt:  # nanoGPT's checkpoints can only hold AdamW's state
         saved['optimizer'] = ckpt.get('config', {}).get('optimizer', 'adamw')
     wanted = vars(GPTConfig()) | config
     kept = {}
@@ -190,7 +190,7 @@ def check_vocabulary(ckpt, meta):
 # --------------------------------------------------------------------------------- optimizers
 
 def optimizer_state(optimizers):
-    """The state of one optimizer, as in nanoGPT's checkpoints, or the list of several's."""
+    """The state of a single optimizer, as in nanoGPT's checkpoints, or a list of states."""
     states = [optimizer.state_dict() for optimizer in optimizers]
     return states[0] if len(states) == 1 else states
 

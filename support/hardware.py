@@ -9,8 +9,8 @@ import torch
 from support import compat
 from support.errors import UserError
 
-# Dense bfloat16 peak in FLOP/s (V100: float16), half of a figure "with sparsity". Names as CUDA has
-# them, without NVIDIA's: a part of a name would take in a laptop's chip or a slice of a GPU (MIG).
+# Dense bfloat16 peak in FLOP/s (V100: float16), half of any figure "with sparsity". Names as CUDA
+# reports them, without "NVIDIA": matching parts would include laptop chips and MIG slices.
 PEAK_FLOPS = {
     # NVIDIA's data sheets
     'Tesla V100-SXM2-16GB': 125e12, 'Tesla V100-SXM2-32GB': 125e12, 'Tesla V100-SXM3-32GB': 125e12,
@@ -22,7 +22,7 @@ PEAK_FLOPS = {
     'H100 80GB HBM3': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H800': 989e12,
     'H800 PCIe': 756e12, 'GH200 480GB': 989e12, 'H200': 989e12, 'H200 NVL': 835e12,
     'B200': 2250e12, 'GB200': 2500e12,
-    # NVIDIA's white papers on GA102, Ada and RTX Blackwell, accumulated in float32
+    # NVIDIA's white papers on GA102, Ada and RTX Blackwell, with float32 accumulation
     'GeForce RTX 3090': 71e12, 'GeForce RTX 3090 Ti': 80e12, 'RTX A6000': 154.8e12,
     'GeForce RTX 4090': 165e12, 'RTX 6000 Ada Generation': 364e12, 'GeForce RTX 5090': 209.5e12,
 }
@@ -42,10 +42,10 @@ def describe(device, threads_before):
 
 
 def peak_flops(device):
-    """Dense bfloat16 FLOP/s of a CUDA device, 0 if the table lacks it."""
+    """Dense bfloat16 FLOP/s of a CUDA device, 0 if it is not in the table."""
     if torch.device(device).type != 'cuda':
         return 0
-    name = torch.cuda.get_device_name(device).removeprefix('NVIDIA ')  # old drivers leave it out
+    name = torch.cuda.get_device_name(device).removeprefix('NVIDIA ')  # old drivers omit it
     return PEAK_FLOPS.get(name, 0)
 
 
@@ -89,17 +89,17 @@ def resolve_device(device, local_rank=0):
 
 
 def resolve_dtype(dtype, device):
-    """'auto' or a name -> 'bfloat16' where the hardware computes in it, else 'float16' on CUDA,
-    else 'float32'."""
+    """'auto' or a name -> 'bfloat16' if the hardware supports it, else 'float16' on CUDA, else
+    'float32'."""
     kind = torch.device(device).type
     if dtype == 'float16' and kind == 'cpu':
         raise UserError('--dtype=float16 needs a GPU; type --dtype=auto')
     if dtype != 'auto':
         return dtype
-    if kind == 'cuda':  # torch's own is_bf16_supported counts emulation, which is slow
+    if kind == 'cuda':  # torch's is_bf16_supported includes emulation, which is slow
         major, _ = torch.cuda.get_device_capability(device)
         return 'bfloat16' if major >= 8 else 'float16'
-    cpuinfo = Path('/proc/cpuinfo')  # of Linux
+    cpuinfo = Path('/proc/cpuinfo')  # on Linux
     if kind == 'cpu' and cpuinfo.exists():
         flags = cpuinfo.read_text(encoding='utf-8')
         if re.search(r'\b(avx512_bf16|amx_bf16)\b', flags):
@@ -114,8 +114,8 @@ def resolve(device, dtype, local_rank=0):
 
 
 def mixed_precision(device, dtype):
-    """(autocast, or nothing for float32; the scaler of the loss, which does nothing but in float16,
-    where small gradients would underflow)."""
+    """(autocast, or a null context for float32; the loss scaler, active only in float16, where
+    small gradients would underflow)."""
     autocast = nullcontext()
     if dtype != 'float32':
         autocast = torch.autocast(device.type, getattr(torch, dtype))
@@ -125,7 +125,7 @@ def mixed_precision(device, dtype):
 def batches(rows, device):
     """Inputs and targets, LongTensors (B, T) on the device, for each array (B, T + 1) of `rows`.
 
-    A thread reads the next rows while the device works on these.
+    A thread reads the next rows while the device works on the current ones.
     """
     cuda = torch.device(device).type == 'cuda'
 

@@ -1,4 +1,4 @@
-"""The Hugging Face format of GPT-2: config.json and tensors, in and out, without transformers.
+"""Read and write GPT-2 in Hugging Face format (config.json, tensors), without transformers.
 
     load('gpt2-xl', block_size=512)      # {'model': {name: tensor}, 'model_args': shape}
     write('out/hf', shape, tensors)      # a new folder, written completely or not at all
@@ -16,7 +16,7 @@ MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # on the hub, by Open
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in Hugging Face's files
 SHAPE = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
          'n_head': 'n_head', 'n_embd': 'n_embd'}  # GPTConfig's names, config.json's
-FIELDS = (*SHAPE, 'dropout', 'bias')  # of GPTConfig, for which the format has a place
+FIELDS = (*SHAPE, 'dropout', 'bias')  # of GPTConfig, those that the format can store
 # What model.py computes, in the terms of config.json: written by write(), required by load().
 GPT2 = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
@@ -81,12 +81,12 @@ def find_weights(source, folder):
         raise UserError(f'{source}: pytorch_model.bin is not read, as it can run code: convert it '
                         'with python -c "from transformers import GPT2LMHeadModel as M; '
                         f"M.from_pretrained('{source}').save_pretrained('{source}')\"")
-    return [whole]  # opening it says that it is missing
+    return [whole]  # opening it reports that it is missing
 
 
 def read_tensors(file):
-    """{name: tensor} of a safetensors file, as it has them: mapped, read when they are copied."""
-    from safetensors import SafetensorError, safe_open  # here, since most runs do not need it
+    """{name: tensor} of a safetensors file, under its names: mapped, and read when copied."""
+    from safetensors import SafetensorError, safe_open  # here: most runs do not need it
     tensors = {}
     try:
         refuse_lfs_pointer(file)
@@ -100,8 +100,8 @@ def read_tensors(file):
 
 def load(source, block_size=None):
     """The weights in `source`, one of MODELS or a folder, in the form of train.py's checkpoints,
-    with positions cut to block_size. The tensors are mapped files, read when they are copied.
-    UserError, in one line, if it is not a GPT-2 or not complete."""
+    with positions cut to block_size. The tensors are mapped files, read when copied.
+    UserError, in one line, if `source` is not a GPT-2 or is incomplete."""
     folder = Path(source)
     if (folder / 'ckpt.pt').exists():
         raise UserError(f"{source} is a run's folder: name a file in it, such as {source}/ckpt.pt, "
@@ -115,7 +115,7 @@ def load(source, block_size=None):
             if name.endswith(CONV1D):
                 tensor = tensor.T
             if name != 'lm_head.weight':
-                name = f'transformer.{name.removeprefix("transformer.")}'  # OpenAI's lack it
+                name = f'transformer.{name.removeprefix("transformer.")}'  # OpenAI's lack that
             tensors[name] = tensor
     ckpt = {'model': tensors, 'model_args': {**shape, 'bias': True}}
     cut_positions(ckpt, block_size, source)
@@ -158,7 +158,7 @@ def misfit(name, size, place):
 
 
 def convert(shape, tensors, dtype):
-    """The tensors as the format has them, on the CPU; dtype None: each in its own."""
+    """The tensors in the layout of the format, on the CPU; dtype None keeps each one's own."""
     rest = dict(tensors)
     out = {}
     for name, place in places(shape).items():
@@ -197,17 +197,17 @@ def configs(shape, dtype, eot):
         'embd_pdrop': shape['dropout'],
         'resid_pdrop': shape['dropout'],
     }
-    # Without max_length, transformers' pipeline asks for 256 tokens, past a short block_size.
+    # Without max_length, transformers' pipeline requests 256 tokens, too many for a short context.
     generation = {'bos_token_id': eot, 'eos_token_id': eot, 'max_length': T}
     return {'config.json': json.dumps(config, indent=2),
             'generation_config.json': json.dumps(generation, indent=2)}
 
 
 def write(folder, shape, tensors, dtype=None, vocab_size=None, files=None, eot=50256):
-    """Make `folder`, new or empty: the tensors in dtype, the first vocab_size embeddings (None:
-    all), files {name: text}, and the id that ends a text. The format needs biases: missing ones
-    are written as zeros.
-    UserError, before anything is written, if the format has no place for a tensor."""
+    """Write `folder`, which must be new or empty: the tensors in dtype, the first vocab_size
+    embeddings (None: all), files {name: text}, and eot, the end-of-text id. The format requires
+    biases: missing ones are written as zeros.
+    UserError, before anything is written, if the format cannot store a tensor."""
     import safetensors.torch
     path = Path(folder).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

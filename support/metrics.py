@@ -8,15 +8,15 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Formats in the log; any number without one, such as a loss, has its name and four decimals.
+# Formats in the log; other numbers, such as a loss, are shown with their name and four decimals.
 SHOWN = {'lr': 'lr {:.2e}', 'grad_norm': 'grad norm {:.3f}', 'dt_ms': '{:.1f} ms',
          'tok_per_sec': '{:,.0f} tok/s', 'mfu': 'mfu {:.3f}', 'peak_gib': '{:.1f} GiB',
          'eval_s': '{:.1f} s'}
-OF_ONE_STEP = ('loss', 'grad_norm', 'lr', 'peak_gib')  # any other number of steps is their mean
+OF_ONE_STEP = ('loss', 'grad_norm', 'lr', 'peak_gib')  # other numbers are means over steps
 
 
 def read_log(path):
-    """The entries of a log.jsonl, but for lines that a kill or a crash of the node damaged."""
+    """The entries of a log.jsonl, except lines that a kill or a node crash has damaged."""
     for line in Path(path).read_bytes().splitlines():
         try:
             entry = json.loads(line)
@@ -34,18 +34,18 @@ def is_entry(value):
 
 
 def is_kept(entry, iter_num, evaluated):
-    """Whether a run that resumes at step iter_num keeps this entry: those of earlier steps, and of
-    iter_num itself the step's line, but its evaluation only if that is not made again."""
+    """Whether a run that resumes at step iter_num keeps this entry: all of earlier steps, the line
+    of step iter_num itself, and its evaluation unless that will be repeated."""
     if entry['iter'] == iter_num:
         return evaluated or 'loss' in entry
     return entry['iter'] < iter_num
 
 
 class Board:
-    """TensorBoard's event file in an emptied folder: log.jsonl has all its numbers.
+    """TensorBoard's event file, in a folder that is emptied first: log.jsonl has all its numbers.
 
-    It is written here and not by torch's SummaryWriter, in whose thread a full disk raises where
-    nobody can catch it, and which takes thirty times as long to write a long log again.
+    torch's SummaryWriter is not used: on a full disk, its thread raises where nothing can catch
+    the error, and it takes thirty times as long to rewrite a long log.
     """
 
     def __init__(self, folder):
@@ -71,7 +71,7 @@ class Board:
 
 
 def thinned(entries, most=5000):
-    """All evaluations among the entries, and at most that many of the steps, evenly."""
+    """All evaluations among the entries, and at most `most` of the steps, evenly spaced."""
     n_steps = sum('loss' in entry for entry in entries)
     every = max(1, math.ceil(n_steps / most))
     seen = 0
@@ -84,12 +84,12 @@ def thinned(entries, most=5000):
 
 
 def open_bar(iter_num, max_iters):
-    """A progress bar on a terminal; None elsewhere: plain lines for files, pods and notebooks."""
+    """A progress bar on a terminal, else None: files, pods and notebooks get plain lines."""
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    # A Notebook's `!python train.py` runs on a terminal of its own, whose redraws fill the cell.
+    # A Notebook's `!python train.py` runs in a terminal of its own, whose redraws fill the cell.
     if not sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ:
         return None
     layout = 'step {n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left'
@@ -97,8 +97,8 @@ def open_bar(iter_num, max_iters):
 
 
 class Screen:
-    """Standard output, and a bar on a terminal. What cannot be written is dropped: a closed
-    terminal, a full disk under a pod's log, a pipe whose reader is gone end no run."""
+    """Standard output, and a bar on a terminal. Output that cannot be written is dropped: a
+    closed terminal, a full disk under a pod's log or a pipe without a reader ends no run."""
 
     def __init__(self, iter_num=0, max_iters=0, with_bar=False):
         self.bar = open_bar(iter_num, max_iters) if with_bar else None
@@ -123,8 +123,8 @@ class Screen:
 
 @contextmanager
 def dropping_errors():
-    """If a write to standard output or errors fails, connect that to nowhere, for good. What it
-    still holds would otherwise fail again at the end, and change the exit code."""
+    """If a write to standard output or error fails, redirect it to /dev/null for good. Otherwise,
+    its buffered text would fail again at exit and change the exit code."""
     with suppress(OSError):
         yield
     for stream in sys.stdout, sys.stderr:
@@ -137,7 +137,7 @@ def dropping_errors():
 class Log:
     """The log of a run. On resume, it is truncated to step `iter_num`: no step is logged twice.
 
-    owner: of the folder; None on other ranks and for an evaluation alone: no files are written.
+    owner: of the folder; None on other ranks and with eval_only, so that no files are written.
     val_loss: None if that step's evaluation is not logged yet. Only the main process prints.
     peak_tok_per_sec: tokens/s at an MFU of 1, 0 if unknown. OSError if log.jsonl cannot be written.
     """
@@ -159,7 +159,7 @@ class Log:
         if path.is_file():
             evaluated = val_loss is not None
             kept = [entry for entry in read_log(path) if is_kept(entry, iter_num, evaluated)]
-        # Opened before it is renamed: if another run takes over, this one's lines go nowhere.
+        # Opened before it is renamed: if another run takes over, this one's lines are lost.
         self.file = open(owner.tmp('log.jsonl'), 'w', encoding='utf-8', buffering=1)
         for entry in kept:
             self.add_line(entry)
@@ -170,13 +170,13 @@ class Log:
             self.board = Board(owner.folder / 'tb')
         except ModuleNotFoundError:
             pass  # the package is optional
-        except Exception as error:  # such as a protobuf that does not fit to it
+        except Exception as error:  # such as an incompatible protobuf
             self.drop_board(error)
         self.plot(thinned(kept))
         self.screen = Screen(iter_num, config['max_iters'], with_bar=True)
 
     def plot(self, entries):
-        """Add entries to TensorBoard's curves; whatever fails there is not worth a run."""
+        """Add entries to TensorBoard's curves; no failure there may end the run."""
         if self.board is None:
             return
         try:
@@ -191,8 +191,8 @@ class Log:
         self.say(f'TensorBoard is off from here on: {type(error).__name__}: {error}')
 
     def step(self, iter_num, seconds, numbers):
-        """Log every log_interval-th step and the last. The time, and each number that is not
-        OF_ONE_STEP, are means over the steps since the last line, but for those without it."""
+        """Log every log_interval-th step and the last. The time, and every number that is not
+        OF_ONE_STEP, are means over the steps since the last line, skipping those without it."""
         self.steps.append((seconds, numbers))
         if iter_num % self.config['log_interval'] and iter_num != self.config['max_iters']:
             return
@@ -210,7 +210,7 @@ class Log:
         self.tell(iter_num, numbers | speed)
 
     def tell(self, iter_num, numbers):
-        """Write {name: number or None} of a step or an evaluation to all logs, and print it."""
+        """Write {name: number or None} of a step or an evaluation to all logs, and print them."""
         entry = {'iter': iter_num}
         texts = {}
         for name, value in numbers.items():

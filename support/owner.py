@@ -1,11 +1,11 @@
-"""One run owns an out_dir: the last one that was started in it.
+"""One run owns an out_dir: the last one started in it.
 
-A worker can be stalled or cut off, be replaced, and wake up later; two runs can be started in one
-folder by mistake. So rank 0 claims the folder before it writes, by renaming owner.json into place,
-and reads it again before whatever it writes there. Once it names another process, this one stops.
-There is no lock to wait for, since pods vanish without a word; neither inode numbers nor times of
-files decide anything, since they come back, and a shared volume may show old ones. Between a look
-and the rename that follows it nothing protects: that is milliseconds.
+A worker that is stalled or cut off can be replaced and wake up later; two runs can be started in
+one folder by mistake. So rank 0 claims the folder before it writes there, by renaming owner.json
+into place, and reads that file again before later writes. Once it names another process, this one
+stops. There is no lock, since a pod that vanishes would never release it. Neither inode numbers nor
+file times decide anything, since they can recur, and a shared volume may show stale ones. Nothing
+protects the milliseconds between a check and the rename that follows it.
 """
 import json
 import os
@@ -20,15 +20,15 @@ FILES = 'ckpt.pt', 'best.pt', 'log.jsonl', 'config.json'  # renamed into place
 
 
 class Owner:
-    """This process's claim to a folder; every earlier claim to it ends. OSError if it fails."""
+    """This process's claim to a folder, which ends every earlier claim. OSError if it fails."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.token = uuid.uuid4().hex[:16]
         claim = {'token': self.token, 'host': socket.gethostname(), 'pid': os.getpid(),
                  'time': time.strftime('%Y-%m-%d %H:%M:%S %z')}
-        # Of processes that ended while writing. Listed before the claim: what comes after it may be
-        # a later owner's.
+        # Of processes that ended while writing. Listed before the claim: files that appear after it
+        # may be a later owner's.
         leftovers = []
         for name in FILES:
             leftovers += self.folder.glob(f'{name}.*tmp')
@@ -39,7 +39,7 @@ class Owner:
             leftover.unlink(missing_ok=True)
 
     def tmp(self, name):
-        """Where this process writes what is to be renamed to `name` in the folder."""
+        """The temporary file that this process writes and then renames to `name`."""
         return self.folder / f'{name}.{self.token}.tmp'
 
     def publish(self, name):
@@ -52,19 +52,19 @@ class Owner:
             raise
 
     def look(self):
-        """UserError if another process has claimed the folder since."""
+        """UserError if another process has claimed the folder in the meantime."""
         self.looked_at = time.monotonic()
         try:
             claim = json.loads((self.folder / 'owner.json').read_text(encoding='utf-8'))
             mine = claim['token'] == self.token
             other = f'host {claim["host"]}, process {claim["pid"]}, {claim["time"]}'
         except (OSError, ValueError, LookupError, TypeError):
-            return  # no claim: people delete, copy and move files, and disks fail to answer
+            return  # no claim: files get deleted, copied and moved, and disks fail to respond
         if not mine:
             raise UserError(f'{self.folder} was taken over by another run ({other}): this one '
                             'writes nothing more there')
 
     def look_now_and_then(self):
-        """look(), if the last one is ten seconds old: what a line of the log can afford."""
+        """look(), unless the last one was within ten seconds: cheap enough for every log line."""
         if time.monotonic() - self.looked_at >= 10:
             self.look()

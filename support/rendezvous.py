@@ -1,27 +1,27 @@
-"""How processes meet at a start, and after a loss, when some are new and some wait for them.
+"""How processes meet, at the start and after a loss, when new ones join others that wait.
 
-Rank 0 opens a store (a TCP server) at MASTER_ADDR:MASTER_PORT. All others connect to it, again and
-again until it is up. There are three kinds of keys:
+Rank 0 opens a store (a TCP server) at MASTER_ADDR:MASTER_PORT. All others try to connect to it
+until it is up. There are three kinds of keys:
 
-    `run`    rank 0 writes what must be equal on all ranks, such as the options. Whoever differs
-             ends with a message before it has answered anything; rank 0 waits on for the right one.
-    `roll`   rank 0 writes the id of a call, a new one every second; once all have answered one
-             call, its id and the tokens of those who answered.
-    `rankN`  rank N writes the id of the call that it has read, and its own token: a random number
-             that identifies a process in one try, not its rank.
+    `run`    Rank 0 writes what must be equal on all ranks, such as the options. A process that
+             differs exits with a message before it answers a call; rank 0 waits for the right one.
+    `roll`   Rank 0 writes the id of a roll call, a new one every second. Once all ranks have
+             answered a call, it writes that id and the tokens of the processes that answered.
+    `rankN`  Rank N writes the id of the call that it has read, and its own token: a random number
+             that identifies one attempt of a process, not its rank.
 
-Rank 0 waits until every rankN holds the id of the current call. Rank N waits until its own token
-stands in `roll`. So all who go on have just answered the same call, and its id becomes the prefix
-of their keys in the store, which nobody from an earlier round uses. Only then do they connect to
-each other. If that fails on gloo (one of them has just died, the network between two is cut), all
-try again with a new call; NCCL cannot, and ends the process.
+Rank 0 waits until every rankN has the id of the current call. Rank N waits until its own token
+appears in `roll`. All processes that proceed have thus just answered the same call, and its id
+becomes the prefix of their keys in the store, which no process of an earlier round uses. Only then
+do they connect to each other. If that fails on gloo (one has just died, or the network between two
+is cut), all try again with a new call; NCCL cannot retry and ends the process.
 
-Two faults need the roll call. The common one: a replacement reaches the store of a rank 0 that is
-about to leave, because it has noticed the loss as well; with plain env:// it waits there for
-minutes. The rarer one: a process that is killed while it joins leaves its address in the store;
-with env:// the others then try to reach it in vain. Here neither answers the next call.
+The roll call is needed for two faults. The common one: a replacement reaches the store of a rank 0
+that has also noticed the loss and is about to exit; with plain env://, it would wait there for
+minutes. The rarer one: a process that is killed while joining leaves its address in the store; with
+env://, the others would keep trying to reach it. Here, neither answers the next call.
 
-No call to the store takes longer than 25 s: a node that vanishes does not close its connections,
+No call to the store may take longer than 25 s: a node that vanishes does not close its connections,
 and the kernel alone would wait for a quarter of an hour.
 
 torchrun's agents do all this themselves: under torchrun, init_process_group finds their store.
@@ -41,19 +41,19 @@ import configurator
 from support import compat, distributed
 from support.errors import UserError
 
-RUN = 'run/1'  # the key; another number for every change of the protocol above
-# Options in which ranks may differ: where their files lie, what they compute on, what they print.
+RUN = 'run/1'  # the key; its number changes with the protocol above
+# Options that may differ between ranks: paths, device, time limit and logging.
 MAY_DIFFER = 'out_dir', 'init_from', 'device', 'dataset', 'dist_timeout', 'log_interval'
 STORE_TIMEOUT_S = 5
-STORE_LIMIT_S = 25  # a rank 0 that is paused for 20 s costs nothing
+STORE_LIMIT_S = 25  # a rank 0 that pauses for 20 s does no harm
 REPORT_EVERY_S = 60
 
 
 def join(backend, same_run, timeout_s, arrival_timeout_s=1800):
     """Join the other processes within arrival_timeout_s; collectives may then take timeout_s.
 
-    same_run: {name: plain value}, the options and what else defines a run. UserError if this
-    process differs from rank 0 in one of them, but for MAY_DIFFER; under torchrun unchecked.
+    same_run: {name: plain value}, the options and whatever else defines a run. UserError if this
+    process differs from rank 0 in any but MAY_DIFFER; not checked under torchrun.
     """
     rank, _, world_size = distributed.environment()
     if world_size == 1:
@@ -71,14 +71,14 @@ def join(backend, same_run, timeout_s, arrival_timeout_s=1800):
 
 
 def connect(backend, first_timeout_s, timeout_s, **meeting):
-    """Make the process group and use it once, with the first timeout; then set the second."""
+    """Create the process group and use it once under the first timeout; then set the second."""
     if compat.set_group_timeout is None:
         first_timeout_s = timeout_s
     compat.reset_group_count()
     dist.init_process_group(backend, timeout=timedelta(seconds=first_timeout_s),
                             **compat.group_device(backend), **meeting)
     # Named, so that an error's traceback keeps it: torch 2.1 destroys a group by waiting for its
-    # threads, and a thread that frees a tensor waits for the interpreter, for ever.
+    # threads, and a thread that frees a tensor would wait for the interpreter forever.
     number = torch.ones(1, device='cuda' if backend == 'nccl' else 'cpu')
     dist.all_reduce(number)
     if compat.set_group_timeout is not None:
@@ -93,7 +93,7 @@ def meet_and_connect(backend, rank, world_size, same_run, timeout_s):
             must_be_equal[name] = value
     report = Report()
     store = None
-    # gloo tries a dead address for 5 times its timeout: short until all are connected.
+    # gloo tries a dead address for 5 times its timeout, so it is short until all are connected.
     first_s = STORE_TIMEOUT_S if backend == 'gloo' else timeout_s
     while True:
         try:
@@ -102,11 +102,11 @@ def meet_and_connect(backend, rank, world_size, same_run, timeout_s):
                 check_equal(store, must_be_equal)
                 call = answer_the_roll(store, rank, report)
             else:
-                if store is None:  # kept over all tries: its port is taken until it is gone
+                if store is None:  # kept across attempts: it occupies its port
                     store = open_store(report)
                 store.set(RUN, json.dumps(must_be_equal))
                 call = call_the_roll(store, world_size, report)
-        except (RuntimeError, OSError) as error:  # rank 0 is not up yet, or an older one still is
+        except (RuntimeError, OSError) as error:  # rank 0 is not up yet, or an old one still is
             report(f'trying to meet the other processes: {str(error).splitlines()[0]}')
             time.sleep(0.2)
             continue
@@ -126,9 +126,9 @@ def meet_and_connect(backend, rank, world_size, same_run, timeout_s):
 
 
 def open_store(report):
-    """Rank 0: the store, opened. Rank N: connected to it. OSError, RuntimeError: not possible yet.
+    """Open the store (rank 0) or connect to it (rank N). OSError, RuntimeError: not possible yet.
 
-    Rank 0 need not know its own name. The others try by a plain socket first, for TCPStore would
+    Rank 0 need not resolve its own name. The others first try a plain socket, since TCPStore would
     print a stack trace for every attempt.
     """
     rank, _, _ = distributed.environment()
@@ -146,7 +146,7 @@ def open_store(report):
 
 
 def reason(error):
-    """Why a connection failed, in few words."""
+    """Why a connection failed, in a few words."""
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return 'the name does not resolve'
     if isinstance(error, TimeoutError):
@@ -167,7 +167,7 @@ def check_equal(store, must_be_equal):
 
 
 def answer_the_roll(store, rank, report):
-    """Rank N: the id of a call that all have answered, this process among them."""
+    """Rank N: the id of a call that all have answered, including this process."""
     token = uuid.uuid4().hex
     while True:
         with store_limit():
@@ -205,7 +205,7 @@ def call_the_roll(store, world_size, report):
 
 @contextmanager
 def store_limit(more_s=0):
-    """End this process if what is inside takes longer."""
+    """End this process if the block takes longer than the limit."""
     seconds = STORE_LIMIT_S + more_s
     timer = distributed.leave_in(seconds, distributed.PEER_LOST, f'{configurator.this_script()}: '
                                  f'another process was lost: no answer for {seconds} s')
@@ -216,7 +216,7 @@ def store_limit(more_s=0):
 
 
 class Report:
-    """A function that prints what this process waits for: at first after half a minute."""
+    """Prints what this process is waiting for: after half a minute, then once a minute."""
 
     def __init__(self):
         self.next = time.monotonic() + REPORT_EVERY_S / 2
@@ -224,5 +224,5 @@ class Report:
     def __call__(self, text):
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + REPORT_EVERY_S
-            with suppress(OSError):  # nobody may be there to read it
+            with suppress(OSError):  # the reader may be gone
                 print(f'{configurator.this_script()}: {text}', flush=True)

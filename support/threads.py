@@ -1,7 +1,7 @@
-"""How many threads a process computes with. To be imported before torch, which reads that once.
+"""How many threads a process computes with. Import it before torch, which reads this only once.
 
-torch starts a thread per CPU, whatever a container's quota leaves, and OpenMP's threads spin while
-they wait (docs/records.md). What the user or torchrun has set wins. Not tried on macOS.
+torch starts one thread per CPU, regardless of a container's quota, and OpenMP's threads spin while
+they wait (docs/records.md). Values set by the user or torchrun take precedence. Untested on macOS.
 """
 import math
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def read(folder, *names):
-    """The texts of those of the files that can be read, one after the other."""
+    """The concatenated texts of the files that can be read."""
     text = ''
     for name in names:
         with suppress(OSError):
@@ -19,7 +19,7 @@ def read(folder, *names):
 
 
 def share(root=Path('/')):
-    """This process's part of the physical cores that affinity and CPU quotas allow, at least 1."""
+    """This process's share of the physical cores that affinity and quotas allow, at least 1."""
     cpus = range(os.cpu_count())
     if hasattr(os, 'sched_getaffinity'):  # not on macOS
         cpus = os.sched_getaffinity(0)
@@ -35,7 +35,7 @@ def share(root=Path('/')):
             mount = mount / 'cpu'
         elif controllers != '':
             continue
-        group = mount / path.strip('/')  # in a container perhaps the host's path: mount is its own
+        group = mount / path.strip('/')  # in a container, may be the host's; mount is its own
         for folder in [group, *group.parents]:
             quota = read(folder, 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us').split()
             if quota and quota[0] not in ('max', '-1'):
@@ -46,4 +46,4 @@ def share(root=Path('/')):
 COUNT = share()
 os.environ.setdefault('OMP_NUM_THREADS', str(COUNT))
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', str(min(COUNT, 32)))  # 32: torch's limit
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # then a thread sleeps; by default after 300,000
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # spins before a thread sleeps; default: 300,000

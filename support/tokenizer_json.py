@@ -4,8 +4,8 @@
     ids = JsonEncoding(describe('my-gpt2', content)).encode_document('一段文字')
 
 A folder's tokenizer is its tokenizer.json, else vocab.json and merges.txt (GPT-2's older form),
-else vocab.txt (BERT's, which the common Chinese GPT-2s have). The package is imported only where
-text becomes tokens or the reverse, and to read a vocab.txt.
+else vocab.txt (BERT's, which the common Chinese GPT-2s have). The package is imported only to
+encode or decode text and to read a vocab.txt.
 """
 import functools
 import hashlib
@@ -19,18 +19,18 @@ from support import huggingface
 from support.errors import UserError
 
 EOT = '<|endoftext|>'  # GPT-2's only special token, id 50256: ends every document
-# Of OpenAI's vocab.json and the pairs of merges.txt, as JSON with sorted keys.
+# Hash of OpenAI's vocab.json and the pairs of merges.txt, as JSON with sorted keys.
 GPT2_SHA256 = '7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38'
-PIECE = 2**17  # characters that are encoded at once: a string of 13 MB would take 1.4 GB
+PIECE = 2**17  # characters encoded at a time: 13 MB in one string would take 1.4 GB
 
 
 # ---------------------------------------------------------------------------- files
 
 def read(place):
-    """The content of the tokenizer.json that `place` is, holds, or would hold; None without one."""
+    """The tokenizer.json at `place` or in that folder, or its equivalent; None if there is none."""
     folder = Path(place)
     path = folder if folder.is_file() else folder / 'tokenizer.json'
-    parts = (folder / 'added_tokens.json').exists()  # more than the vocabulary says
+    parts = (folder / 'added_tokens.json').exists()  # tokens beyond the vocabulary
     if path.is_file():
         content = huggingface.read_json(path)
     elif (folder / 'merges.txt').is_file() and not parts:
@@ -65,7 +65,7 @@ def from_bpe(folder):
 
 
 def from_bert(folder):
-    from tokenizers import BertWordPieceTokenizer  # here, since most runs do not need it
+    from tokenizers import BertWordPieceTokenizer  # here: most runs do not need it
     lower = settings(folder / 'tokenizer_config.json').get('do_lower_case', True)
     path = folder / 'vocab.txt'
     try:
@@ -75,7 +75,7 @@ def from_bert(folder):
 
 
 def settings(path):
-    """The dict in a JSON file, empty without the file."""
+    """The dict in a JSON file, empty if there is no such file."""
     return huggingface.read_json(path) if path.exists() else {}
 
 
@@ -83,7 +83,7 @@ def settings(path):
 
 def describe(place, content):
     """The entries of meta.json. Tokenizers that give the same ids have the same `json`: sorted,
-    and without what changes no id here, since nothing is padded, cut, or put around a text."""
+    and without what changes no ids here, where nothing is padded, cut, or added to a text."""
     highest = max(ids_of(content).values())
     if highest > 65535:
         raise UserError(f'{place}: has ids up to {highest}: expected at most 65535, what a token '
@@ -100,7 +100,7 @@ def describe(place, content):
 def ids_of(content):
     """{token: id} of all tokens, added ones included."""
     vocab = content['model']['vocab']
-    if isinstance(vocab, list):  # Unigram's, of [token, score]
+    if isinstance(vocab, list):  # Unigram's: [token, score] pairs
         vocab = {token: i for i, (token, _) in enumerate(vocab)}
     return vocab | {token['content']: token['id'] for token in content.get('added_tokens', [])}
 
@@ -126,7 +126,7 @@ def is_gpt2(content):
 
 
 def end_of_text(place, content, eot=''):
-    """The token that ends every document: `eot`, or what the files beside the tokenizer say."""
+    """The token that ends every document: `eot`, or as the files beside the tokenizer define it."""
     ids = ids_of(content)
     if eot and eot not in ids:
         raise UserError(f'--eot={eot}: no token of {place}')
@@ -148,8 +148,8 @@ def end_of_text(place, content, eot=''):
 @functools.cache
 def load(text, special_is_text):
     """The tokenizers.Tokenizer of a tokenizer.json, which any number of threads may share."""
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the prepare scripts have threads of their own
-    from tokenizers import Tokenizer  # here, since other tokenizers do not need it
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the prepare scripts use threads of their own
+    from tokenizers import Tokenizer  # here: other tokenizers do not need it
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as e:  # the package's errors have no type of their own
@@ -163,14 +163,14 @@ def load(text, special_is_text):
 
 
 def encode_pieces(tokenizer, text):
-    """The ids of a text, uint16. A long text is cut, after a line if it has any."""
+    """The ids of a text, uint16. A long text is cut into pieces, at line ends if it has any."""
     ids = [np.zeros(0, np.uint16)]
     start = 0
     while start < len(text):
         end = start + PIECE
         if end < len(text) and '\n' in text[start:end]:
             end = text.rindex('\n', start, end) + 1
-        # Unlike encode, it lets other threads run meanwhile. _fast: without the places in text.
+        # Unlike encode, this lets other threads run meanwhile. _fast: without offsets in the text.
         [piece] = tokenizer.encode_batch_fast([text[start:end]], add_special_tokens=False)
         ids.append(np.array(piece.ids, np.uint16))
         start = end
@@ -178,7 +178,7 @@ def encode_pieces(tokenizer, text):
 
 
 class JsonEncoding:
-    """A tokenizer.json's tokens: special ones are tokens in a prompt, and text in a document."""
+    """A tokenizer.json's tokens: special ones are tokens in a prompt, plain text in a document."""
 
     def __init__(self, meta):
         self.prompts = load(meta['json'], special_is_text=False)
@@ -190,7 +190,7 @@ class JsonEncoding:
         return encode_pieces(self.prompts, text).tolist()
 
     def encode_document(self, text):
-        """Its ids, an array."""
+        """The ids of a text, as an array."""
         return encode_pieces(self.documents, text)
 
     def decode(self, ids):

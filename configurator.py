@@ -26,11 +26,11 @@ from support.errors import UserError
 FOREIGN = {
     'lr': ('learning_rate', 'type --learning_rate'),
     'epochs': ('max_iters', 'type --max_iters, in optimizer steps'),
-    'decay_lr': ('min_lr', 'for a constant rate set min_lr equal to learning_rate'),
+    'decay_lr': ('min_lr', 'for a constant rate, set min_lr equal to learning_rate'),
     'always_save_checkpoint': (
         'eval_interval', 'every evaluation saves ckpt.pt, and best.pt if it is the best'),
     'wandb_log': ('log_interval', 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard'),
-    'backend': ('dist_timeout', 'it is chosen by device: NCCL for CUDA, else gloo'),
+    'backend': ('dist_timeout', 'the device determines it: NCCL for CUDA, else gloo'),
     'local_rank': ('dist_timeout', 'torch.distributed.launch adds it: start with torchrun instead'),
 }
 # Options that are paths. A shell does not expand --out_dir=~/x, and a manifest not even $HOME.
@@ -207,7 +207,7 @@ def read_config(path, defaults, values, typed):
         if key.startswith('_') or (is_code and key not in defaults):
             continue
         where = f'{path}: {key} = {value!r}'
-        check_known(key, defaults, where, '; a name of your own begins with _')
+        check_known(key, defaults, where, '; begin your own names with _')
         values[key] = check_type(value, defaults[key], where)
     typed |= namespace.assigned & defaults.keys()
 

@@ -203,7 +203,7 @@ class GPT(nn.Module):
         params = list(self.parameters())
         if name == 'muon':
             if not hasattr(torch.optim, 'Muon'):
-                raise UserError('optimizer=muon: needs torch >= 2.9, and this is torch '
+                raise UserError('optimizer=muon: needs torch >= 2.9, but this is torch '
                                 f'{torch.__version__}; type --optimizer=adamw')
             matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
             taken = set(matrices)
@@ -234,7 +234,7 @@ class GPT(nn.Module):
             if head is not None:
                 wte = tensors.setdefault('transformer.wte.weight', head)
                 if head.dtype != wte.dtype or not torch.equal(head, wte):
-                    raise UserError(f"{source}: lm_head.weight is not wte's: expected them tied")
+                    raise UserError(f'{source}: lm_head.weight differs from wte: expected the same')
         for name, p in own.items():
             expected = f'expected {tuple(p.shape)} for {self.config}'
             if name not in tensors:
@@ -276,8 +276,8 @@ class GPT(nn.Module):
         from support import huggingface
         for name, value in vars(self.config).items():
             if name not in huggingface.FIELDS and value != getattr(GPTConfig, name):
-                raise UserError(f'{name}={value}: the format has no place for it: it fits GPT-2 '
-                                f'only, with {name}={getattr(GPTConfig, name)}')
+                raise UserError(f'{name}={value}: the format cannot store it: expected a GPT-2, '
+                                f'with {name}={getattr(GPTConfig, name)}')
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         huggingface.write(folder, vars(self.config), tensors, dtype, vocab_size, files, eot)
 

@@ -75,7 +75,7 @@ with configurator.user_errors():
         model = GPT.from_pretrained(init_from)
         meta = tokens.model_tokenizer(init_from)
     if meta['vocab_size'] > model.config.vocab_size:
-        raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer needs '
+        raise UserError(f'the model has {model.config.vocab_size} tokens, but its tokenizer needs '
                         f'{meta["vocab_size"]}: sample the checkpoint that train.py wrote')
     encoding = tokens.encoding(meta)
     text = prompt_text()

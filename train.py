@@ -156,7 +156,7 @@ with user_errors():
         finished = state.get('iter_num', 0) >= max_iters and state.get('val_loss') is not None
         if finished and ddp and not (eval_only or distributed.UNDER_TORCHRUN):
             # This is a restarted worker whose peers have exited.
-            distributed.leave(0, f'{ckpt_path} has all its {state["iter_num"]} steps')
+            distributed.leave(0, f'{ckpt_path} already has all {state["iter_num"]} steps')
         raw_model = GPT(shape)
         if 'model' in state:
             raw_model.load_weights(origin, state.pop('model'))

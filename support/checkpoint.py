@@ -37,8 +37,8 @@ def claim(folder, iter_num):
         except UserError:  # damaged since: nothing newer than what was read
             newest = iter_num
     if newest != iter_num:
-        distributed.leave(distributed.PEER_LOST, f'{path} was saved by another run meanwhile, at '
-                          f'step {newest}: start this one again')
+        distributed.leave(distributed.PEER_LOST, f'{path} has since been saved by another run, at '
+                          f'step {newest}: start this run again')
     return Owner(folder)
 
 
@@ -98,20 +98,20 @@ def link_or_copy(path, new_path):
 def load_checkpoint(path):
     """The dict that train.py or nanoGPT saved at path, on the CPU; code in it is never run."""
     if not exists(path):
-        raise UserError(f'{path} does not exist: expected a checkpoint of train.py, which starts '
-                        'a new run with --init_from=auto')
+        raise UserError(f'{path} does not exist: expected a checkpoint; train.py starts a new run '
+                        'with --init_from=auto')
     try:
         ckpt = compat.load(str(path))
     except OSError as error:  # the disk's own: no permission, no response, a stale handle
         raise OSError(f'{path}: cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged file can raise anything from torch.load
-        what = f'damaged or no checkpoint ({type(error).__name__})'
+        what = f'damaged or not a checkpoint ({type(error).__name__})'
         if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # the latter: torch 2.1
-            what = 'holds more than tensors and plain types, which could run code'
+            what = 'has more than tensors and plain types in it, which could run code'
         raise UserError(f'{path}: {what}: expected a file that train.py wrote') from error
     for key in ('model', 'model_args'):
         if not isinstance(ckpt, dict) or not isinstance(ckpt.get(key), dict):
-            raise UserError(f"{path}: no '{key}' in it: expected a checkpoint that train.py wrote")
+            raise UserError(f"{path}: has no '{key}': expected a checkpoint that train.py wrote")
     weights = {}
     for name, tensor in ckpt['model'].items():
         # nanoGPT saved compiled and wrapped modules and, with torch < 2.0, the causal masks.
@@ -172,12 +172,12 @@ def check_vocabulary(ckpt, meta):
         own = tokens.GPT2_META if size in tokens.GPT2_SIZES else meta
     need = meta['vocab_size']
     if need > size:
-        problem = f'has {size} tokens, the data needs {need}'
+        problem = f'has {size} tokens, but the data needs {need}'
     elif tokens.identity(own) != tokens.identity(meta):
-        problem = "is not the data's"
+        problem = 'does not match the data'
     else:
         return
-    fix = 'choose data in its tokens'
+    fix = "choose data in the model's tokens"
     if own['tokenizer'] == 'gpt2':
         fix = "prepare the data in GPT-2's tokens, without --tokenizer"
     if own['tokenizer'] == 'json':
@@ -201,7 +201,7 @@ def load_optimizers(optimizers, saved):
         saved = [saved]
     ours = [optimizer.state_dict() for optimizer in optimizers]
     if parameter_groups(saved) != parameter_groups(ours):
-        raise UserError("the checkpoint's optimizer has other parameters than the model")
+        raise UserError("the parameters of the checkpoint's optimizer differ from the model's")
     for optimizer, own, state in zip(optimizers, ours, saved):
         own['state'] = state['state']
         optimizer.load_state_dict(own)

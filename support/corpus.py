@@ -53,7 +53,7 @@ def write_dataset(folder, meta, splits):
             seconds[split] = time.perf_counter() - began
             counts[split] = n_bytes // 2
             if n_bytes == 0:
-                raise UserError(f'no tokens for {split}: the text is too short to be split')
+                raise UserError(f'no tokens for {split}: the text is too short to split')
         whole_meta = json.dumps(meta | {'tokens': counts})
         write_file(Path(folder, 'meta.json.tmp'), [whole_meta.encode()])
     except BaseException:  # including Ctrl-C
@@ -105,8 +105,8 @@ def one_text(folder):
     try:
         return content.decode('utf-8'), 'input.txt'
     except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8: {e}; iconv -c -f UTF-8 -t UTF-8 drops what is '
-                        'not') from None
+        raise UserError(f'{path} is not UTF-8: {e}; iconv -c -f UTF-8 -t UTF-8 drops '
+                        'invalid bytes') from None
 
 
 def check_encoding(path):
@@ -247,7 +247,7 @@ def check_column(where, schema, field):
     """UserError unless this Arrow schema has a column `field` of strings."""
     import pyarrow
     if field not in schema.names:
-        raise UserError(f'{where}: no column {field}: type --text_field= and one of '
+        raise UserError(f'{where}: no column {field}: type --text_field= with one of '
                         f'{", ".join(schema.names)}')
     kind = schema.field(field).type
     if isinstance(kind, pyarrow.DictionaryType):
@@ -298,7 +298,7 @@ def count_jsonl(path, field):
     n = count_lines(path, field)
     rows = [json_row(line) for line in next(line_batches(path), [])]
     if any(rows) and not any(field in row for row in rows):
-        raise UserError(f'{path}: no field {field}: type --text_field= and one of '
+        raise UserError(f'{path}: no field {field}: type --text_field= with one of '
                         f'{", ".join(max(rows, key=len))}')
     return n
 
@@ -441,7 +441,7 @@ class Tokenizing:
         if self.n_read != n:
             raise UserError(f'{source} changed: {self.n_read} documents now, {n} before')
         if len(self.bad) == n:
-            raise UserError(f'{source}: none of its {n} documents has a text')
+            raise UserError(f'{source}: none of its {n} documents has any text')
         if not self.val:
-            raise NoValidation(f'{source}: the validation documents are bad: the next of the '
-                               'permutation take their place')
+            raise NoValidation(f'{source}: the validation documents are bad: the next ones of the '
+                               'permutation replace them')

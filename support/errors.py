@@ -9,4 +9,4 @@ def refuse_lfs_pointer(path):
     """UserError if a clone without Git LFS has left a pointer in place of the file."""
     with open(path, 'rb') as f:
         if f.read(23) == b'version https://git-lfs':
-            raise UserError(f'{path} is a pointer of Git LFS, not the file: run git lfs pull')
+            raise UserError(f'{path} is a Git LFS pointer, not the file itself: run git lfs pull')

@@ -82,7 +82,7 @@ def resolve_device(device, local_rank=0):
     count = torch.cuda.device_count()
     if number >= count:
         raise UserError(f'cuda:{number}: this machine has {count} GPUs: start one process per GPU, '
-                        'and set LOCAL_RANK to 0 if each sees its own GPU only')
+                        'and set LOCAL_RANK to 0 if each sees only its own GPU')
     torch.cuda.set_device(number)
     torch.set_float32_matmul_precision('high')
     return f'cuda:{number}'

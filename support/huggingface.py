@@ -104,8 +104,8 @@ def load(source, block_size=None):
     UserError, in one line, if `source` is not a GPT-2 or is incomplete."""
     folder = Path(source)
     if (folder / 'ckpt.pt').exists():
-        raise UserError(f"{source} is a run's folder: name a file in it, such as {source}/ckpt.pt, "
-                        f'to train from, or sample it with --out_dir={source}')
+        raise UserError(f"{source} is a run's folder: to train from it, name a file, such as "
+                        f'{source}/ckpt.pt; to sample from it, type --out_dir={source}')
     if not (folder / 'config.json').exists():
         folder = download(source)
     shape = read_shape(source, folder / 'config.json')
@@ -128,8 +128,8 @@ def cut_positions(ckpt, block_size, source):
     if block_size is None:
         return
     if block_size > shape['block_size']:
-        raise UserError(f'block_size={block_size}: expected at most {shape["block_size"]}, as '
-                        f'{source} has')
+        raise UserError(f'block_size={block_size}: expected at most {shape["block_size"]}, '
+                        f'that of {source}')
     shape['block_size'] = block_size
     wpe = 'transformer.wpe.weight'
     if wpe in ckpt['model']:
@@ -154,7 +154,7 @@ def places(shape):
 
 
 def misfit(name, size, place):
-    return UserError(f'{name} is {size}, but the format has {place}: it fits GPT-2 only')
+    return UserError(f'{name} is {size}, but the format expects {place}: only a GPT-2 fits')
 
 
 def convert(shape, tensors, dtype):
@@ -175,7 +175,7 @@ def convert(shape, tensors, dtype):
             tensor = tensor.T
         out[name] = tensor.detach().to('cpu', dtype).contiguous()
     for name, tensor in rest.items():  # more than GPT-2 has
-        raise misfit(name, tuple(tensor.shape), 'no place for it')
+        raise misfit(name, tuple(tensor.shape), 'no such tensor')
     return out
 
 

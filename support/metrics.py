@@ -188,7 +188,7 @@ class Log:
 
     def drop_board(self, error):
         self.board = None
-        self.say(f'TensorBoard is off from here on: {type(error).__name__}: {error}')
+        self.say(f'TensorBoard is turned off: {type(error).__name__}: {error}')
 
     def step(self, iter_num, seconds, numbers):
         """Log every log_interval-th step and the last. The time, and every number that is not

@@ -61,8 +61,8 @@ class Owner:
         except (OSError, ValueError, LookupError, TypeError):
             return  # no claim: files get deleted, copied and moved, and disks fail to respond
         if not mine:
-            raise UserError(f'{self.folder} was taken over by another run ({other}): this one '
-                            'writes nothing more there')
+            raise UserError(f'{self.folder} was taken over by another run ({other}): this run '
+                            'no longer writes there')
 
     def look_now_and_then(self):
         """look(), unless the last one was within ten seconds: cheap enough for every log line."""

@@ -61,7 +61,7 @@ def join(backend, same_run, timeout_s, arrival_timeout_s=1800):
     place = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
     limit = distributed.leave_in(
         arrival_timeout_s, distributed.PEER_LOST, f'rank {rank}: the {world_size} processes did '
-        f'not meet at {place} in {arrival_timeout_s} s')
+        f'not meet at {place} within {arrival_timeout_s} s')
     if distributed.UNDER_TORCHRUN:
         # Its agents have met already, but rank 0 may still be reading a checkpoint.
         connect(backend, arrival_timeout_s, timeout_s)

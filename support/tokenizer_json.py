@@ -38,7 +38,7 @@ def read(place):
     elif (folder / 'vocab.txt').is_file() and not parts:
         content = from_bert(folder)
     elif parts or (folder / 'tokenizer_config.json').exists():
-        raise UserError(f'{place}: expected a tokenizer.json: write it with python -c "from '
+        raise UserError(f'{place}: expected a tokenizer.json: create it with python -c "from '
                         f"transformers import AutoTokenizer as A; A.from_pretrained('{place}')"
                         f".save_pretrained('{place}')\"")
     else:
@@ -71,7 +71,7 @@ def from_bert(folder):
     try:
         return json.loads(BertWordPieceTokenizer(str(path), lowercase=lower).to_str())
     except Exception as e:  # the package's errors have no type of their own
-        raise UserError(f"{path}: {e}: expected BERT's vocabulary, a token a line") from e
+        raise UserError(f"{path}: {e}: expected BERT's vocabulary, a token per line") from e
 
 
 def settings(path):
@@ -86,8 +86,8 @@ def describe(place, content):
     and without what changes no ids here, where nothing is padded, cut, or added to a text."""
     highest = max(ids_of(content).values())
     if highest > 65535:
-        raise UserError(f'{place}: has ids up to {highest}: expected at most 65535, what a token '
-                        'file can hold')
+        raise UserError(f'{place}: has ids up to {highest}: expected at most 65535, the limit '
+                        'of token files')
     content = dict(content)
     if 'merges' in content['model']:
         content['model'] = content['model'] | {'merges': merges_of(content)}
@@ -129,7 +129,7 @@ def end_of_text(place, content, eot=''):
     """The token that ends every document: `eot`, or as the files beside the tokenizer define it."""
     ids = ids_of(content)
     if eot and eot not in ids:
-        raise UserError(f'--eot={eot}: no token of {place}')
+        raise UserError(f'--eot={eot}: not a token of {place}')
     folder = Path(place) if Path(place).is_dir() else Path(place).parent
     named = [eot]
     for name in 'tokenizer_config.json', 'special_tokens_map.json':

@@ -61,8 +61,8 @@ def load_meta(folder):
         raise UserError(missing(train))
     if not path.exists():
         if Path(folder, 'meta.pkl').exists():
-            raise UserError(f'{folder} holds characters of nanoGPT (its meta.pkl is not read: it '
-                            'can run code): prepare them again with data/shakespeare_char')
+            raise UserError(f"{folder} has nanoGPT's character data (meta.pkl is not read: it "
+                            'can run code): prepare it again with data/shakespeare_char')
         return dict(GPT2_META)
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
@@ -116,7 +116,7 @@ def refuse_other_formats(path, head):
         kind = 'a .npy file'
         read = 'np.load(old, "r")'
     elif head.startswith((20240520).to_bytes(4, 'little')):
-        kind = "a file of llm.c's, with a header"
+        kind = 'an llm.c file, with a header'
         read = 'np.memmap(old, "<u2", "r", 1024)'
     elif words[:, 0].any() and not words[:, 1:].any():
         kind = 'int64'
@@ -130,7 +130,7 @@ def refuse_other_formats(path, head):
     code = (f'import os, numpy as np; old = {name}; new = old + ".tmp"; ids = {read}; '
             'assert ids.max() < 65536; np.memmap(new, "<u2", "w+", shape=ids.shape)[:] = ids; '
             'os.replace(new, old)')
-    raise UserError(f'{path} is {kind}, expected uint16 token ids alone: convert it with '
+    raise UserError(f'{path} is {kind}, expected plain uint16 token ids: convert it with '
                     f'python -c {shlex.quote(code)}')
 
 
@@ -202,7 +202,7 @@ class Characters:
             return [self.ids[char] for char in text]
         except KeyError as e:
             raise UserError(f'{e.args[0]!r} is not among the {len(self.chars)} characters of this '
-                            f'data set: {self.chars[:99]!r}: type --start=...') from None
+                            f'data set: {self.chars[:99]!r}: use only those in --start') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] if i < len(self.chars) else '\ufffd' for i in ids)
@@ -255,13 +255,13 @@ def chosen_tokenizer(place, eot):
     if place:
         content = tokenizer_json.read(place)
         if content is None:
-            raise UserError(f'--tokenizer={place}: expected a tokenizer.json, or a folder that has '
-                            'one, or vocab.json and merges.txt, or vocab.txt')
+            raise UserError(f'--tokenizer={place}: expected a tokenizer.json, or a folder with '
+                            'one, with vocab.json and merges.txt, or with vocab.txt')
         meta = describe_tokenizer(place, content)
     if meta['tokenizer'] == 'json':
         return meta | {'eot': tokenizer_json.end_of_text(place, content, eot)}
     if eot not in ('', EOT):
-        raise UserError(f"--eot={eot}: GPT-2's tokens end a text with {EOT}")
+        raise UserError(f"--eot={eot}: expected GPT-2's end-of-text token, {EOT}")
     return meta
 
 
@@ -275,8 +275,8 @@ def model_tokenizer(source):
         return describe_tokenizer(source, content)
     size = huggingface.read_json(config).get('vocab_size')
     if size not in GPT2_SIZES:
-        raise UserError(f'{source} has {size} tokens and no tokenizer, GPT-2 has 50257: copy its '
-                        'tokenizer.json into it')
+        raise UserError(f'{source} has {size} tokens but no tokenizer, GPT-2 has 50257: copy its '
+                        'tokenizer.json there')
     return GPT2_META
 
 
@@ -320,7 +320,7 @@ def gpt2_encoding():
     except (UserError, OSError) as e:
         print(f"GPT-2 tokenizer: {e}; trying tiktoken's own download", file=sys.stderr)
         run_python('-c', "import tiktoken; tiktoken.get_encoding('gpt2')", timeout_s=60,
-                   task=f'get the GPT-2 tokenizer: put {" and ".join(GPT2_FILES)} into {folder}')
+                   task=f'get the GPT-2 tokenizer (put {" and ".join(GPT2_FILES)} into {folder})')
         return tiktoken.get_encoding('gpt2')  # now from the cache
     print(f'GPT-2 tokenizer: {source}', file=sys.stderr)
     ranks = data_gym_to_mergeable_bpe_ranks(  # with hashes: it reads through its own cache

@@ -43,8 +43,8 @@ if ! supported "$version"; then
     for other in python3.13 python3.12 python3.11 python3.10; do
         version_of "$(path_of $other)" > /dev/null && break  # the last one, if there is none
     done
-    echo "make: $command is ${version:+Python }${version:-no Python that runs}: expected 3.10 to 3.13:" \
-        "type PYTHON=$other make train (install it first if it is missing)" >&2
+    echo "make: $command is ${version:+Python }${version:-not a working Python}:" \
+        "expected 3.10 to 3.13: type PYTHON=$other make train (install it first if it is missing)" >&2
     exit 1
 fi
 if ! works; then
@@ -61,8 +61,8 @@ errors=$(mktemp)
 status=$?
 cat "$errors" >&2
 if grep -q 'No space left' "$errors"; then
-    echo "make: a disk is full: 6 GB are needed in $folder, and 4 GB meanwhile in ${TMPDIR:-/tmp}:" \
-        "make room, or type TMPDIR=/a/larger/disk make train" >&2
+    echo "make: a disk is full: 6 GB are needed in $folder, and 4 GB temporarily in ${TMPDIR:-/tmp}:" \
+        "free some space, or type TMPDIR=/a/larger/disk make train" >&2
     df -h "$folder" "${TMPDIR:-/tmp}" >&2
 fi
 rm -f "$errors"

@@ -100,7 +100,7 @@ def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
     for n in (0, 1, 2, 100, 1000, len(whole) // 2, len(whole) - 1):
         for content in (whole[:n], noise[:n], b'\x80\x02' + noise[:n]):
             path.write_bytes(content)
-            assert f'{path}: damaged or no checkpoint' in one_line(load_checkpoint, path), n
+            assert f'{path}: damaged or not a checkpoint' in one_line(load_checkpoint, path), n
     for content in ([1], {'model': {}}, {'model_args': {}}, {'model': 1, 'model_args': {}}):
         torch.save(content, path)
         assert "no 'model" in one_line(load_checkpoint, path)
@@ -218,7 +218,7 @@ def test_weights_and_optimizers_of_another_model_are_refused():
     small = torch.optim.AdamW([w])
     large = torch.optim.AdamW([w, v])
     for optimizers in [large], [small, small]:
-        with pytest.raises(UserError, match='other parameters'):
+        with pytest.raises(UserError, match="parameters of the checkpoint's optimizer differ"):
             checkpoint.load_optimizers(optimizers, small.state_dict())
 
 

@@ -138,7 +138,7 @@ def test_no_script_is_told_to_use_an_option_that_it_lacks(script):
     ('n_layer = n_layres', 'NameError'), ('import os as n_layer', 'n_layer = <module'),
     ('def bias(): pass', 'bias = <function bias at '),
     ('n_tokens = 8 * 1024', 'n_tokens = 8192: unknown option n_tokens; --help lists the options; '
-                            'a name of your own begins with _'),
+                            'begin your own names with _'),
     ('lr = 3e-4', 'lr = 0.0003: unknown option lr; type --learning_rate')])
 def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, says, config):
     path = config(text)

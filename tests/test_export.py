@@ -114,7 +114,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(dtype, folder):
     head[3, 5] += 0.5
     for other in head, head.float() if dtype is torch.bfloat16 else head.half(), head[:60]:
         save_file({**tensors, 'lm_head.weight': other.clone()}, path)
-        assert f"{folder}: lm_head.weight is not wte's: expected" in refused(folder)
+        assert f'{folder}: lm_head.weight differs from wte: expected' in refused(folder)
     ckpt = {'model_args': TINY, 'model': {**GPT(GPTConfig(**TINY)).state_dict()}}
     ckpt['model']['lm_head.weight'] = torch.ones(61, 16)
     with pytest.raises(UserError, match=r'checkpoint: lm_head\.weight is not'):
@@ -165,7 +165,7 @@ def test_wrong_and_damaged_files_are_named(folder):
         path.write_bytes(whole[:n])
         assert str(path) in refused(folder)
     path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\n')
-    assert f'{path} is a pointer of Git LFS' in refused(folder)
+    assert f'{path} is a Git LFS pointer' in refused(folder)
     path.unlink()
     assert str(path) in refused(folder)
     index = folder / 'model.safetensors.index.json'
@@ -286,22 +286,22 @@ def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
         tmp_path / 'hf', torch_dtype='auto')  # transformers 4 takes float32 otherwise
     assert judge.dtype == torch.bfloat16 and judge.config.vocab_size == 50
     judged_equal(judge.float(), tmp_path / 'hf')
-    with pytest.raises(UserError, match=r'\(61, 16\), but the format has \(62, 16\)'):
+    with pytest.raises(UserError, match=r'\(61, 16\), but the format expects \(62, 16\)'):
         gpt.save_pretrained(tmp_path / 'more', vocab_size=62)
 
 
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize(('change', 'said'), [
     (lambda gpt: gpt.transformer.pop('wpe'),  # positions in the attention instead
-     r'transformer\.wpe\.weight is missing, but the format has \(16, 16\)'),
+     r'transformer\.wpe\.weight is missing, but the format expects \(16, 16\)'),
     (lambda gpt: gpt.register_buffer('angles', torch.ones(8), persistent=False),  # wpe left there
-     r'angles is \(8,\), but the format has no place for it'),
+     r'angles is \(8,\), but the format expects no such tensor'),
     (lambda gpt: setattr(gpt.transformer.h[1].mlp, 'c_gate', Linear(16, 64)),  # SwiGLU
-     r'h\.1\.mlp\.c_gate\.weight is \(64, 16\), but the format has no place for it'),
+     r'h\.1\.mlp\.c_gate\.weight is \(64, 16\), but the format expects no such tensor'),
     (lambda gpt: setattr(gpt.transformer.h[1].mlp, 'c_fc', Linear(16, 43, gpt.config.bias)),
-     r'h\.1\.mlp\.c_fc\.weight is \(43, 16\), but the format has \(64, 16\)'),
+     r'h\.1\.mlp\.c_fc\.weight is \(43, 16\), but the format expects \(64, 16\)'),
     (lambda gpt: setattr(gpt, 'lm_head', Linear(16, 61, bias=False)),  # not tied
-     r'lm_head\.weight is \(61, 16\), but the format has no place for it')])
+     r'lm_head\.weight is \(61, 16\), but the format expects no such tensor')])
 def test_a_model_that_is_not_gpt2_is_not_exported(change, said, bias, tmp_path):
     gpt = random_gpt(bias=bias)
     change(gpt)
@@ -317,7 +317,7 @@ def test_a_field_that_gpt2_lacks_is_exported_at_its_default_only(tmp_path, monke
 
     monkeypatch.setattr('model.GPTConfig', Windowed)
     gpt = randomize(GPT(Windowed(**TINY, window=4)), 0.1)
-    with pytest.raises(UserError, match=r'^window=4: .*fits GPT-2 only, with window=0$'):
+    with pytest.raises(UserError, match=r'^window=4: .*expected a GPT-2, with window=0$'):
         gpt.save_pretrained(tmp_path / 'hf')
     assert not any(tmp_path.iterdir())
     gpt.config.window = 0

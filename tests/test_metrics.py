@@ -167,7 +167,7 @@ def test_a_board_that_cannot_be_imported_is_turned_off_in_one_line(tmp_path, mon
     monkeypatch.setattr(metrics, 'Board', broken)
     write_run(tmp_path, last=6)
     assert told(tmp_path) == WHOLE
-    off = 'TensorBoard is off from here on: TypeError: Descriptors cannot be created directly.\n'
+    off = 'TensorBoard is turned off: TypeError: Descriptors cannot be created directly.\n'
     assert capsys.readouterr().out.count(off) == 1
 
 
@@ -181,7 +181,7 @@ def test_a_board_whose_disk_is_full_is_turned_off_in_one_line(tmp_path, monkeypa
         log.step(i, 0.1, numbers(i))
     log.close()
     assert [entry['iter'] for entry in log_of(tmp_path)] == [1, 2, 3]
-    assert capsys.readouterr().out.count('TensorBoard is off from here on: OSError: ') == 1
+    assert capsys.readouterr().out.count('TensorBoard is turned off: OSError: ') == 1
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):

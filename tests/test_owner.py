@@ -119,7 +119,7 @@ def test_a_successor_does_not_go_on_from_a_state_that_its_predecessor_has_saved_
     assert saved >= 10
     second = start(slow, *options, env={**env, 'RANK': '1'})
     assert new.wait().code == 138 and second.wait().code == 138
-    assert f'was saved by another run meanwhile, at step {saved}' in new.err
+    assert f'has since been saved by another run, at step {saved}' in new.err
     succeed(start_ranks(2, slow, *options))
     assert [e['iter'] for e in steps_of(tmp_path / 'out')] == list(range(1, 61))
 
@@ -145,7 +145,7 @@ def test_of_two_runs_started_in_one_folder_the_last_to_claim_it_survives(
     if 1 in codes:
         assert 'was taken over by another run' in errors
     else:  # it found that the first had saved since it had looked, and claimed nothing
-        assert 'was saved by another run meanwhile' in errors
+        assert 'has since been saved by another run' in errors
     winner = (1e-3, 2e-3)[codes.index(0)]
     for name in 'ckpt.pt', 'best.pt':
         assert load_checkpoint(out_dir / name)['config']['learning_rate'] == winner

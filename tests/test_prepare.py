@@ -220,7 +220,7 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
         texts[place] = None
         write_source(source, texts)
         done = prepare(repo, 'openwebtext', f'--source={source}')
-        assert ('take their place' in done.out) == (place == val)
+        assert ('replace them' in done.out) == (place == val)
     bpe = tokens.gpt2_encoding()  # the next of the permutation, only when all are bad
     train, val_ids, _ = read(repo, 'openwebtext')
     assert val_ids == [*bpe.encode_ordinary(texts[order[1]]), bpe.eot_token]
@@ -346,7 +346,7 @@ def test_a_pointer_of_git_lfs_says_git_lfs_pull(repo, tmp_path, name):
         data, path = 'shakespeare_char', repo / 'data/shakespeare_char' / name
     path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n' * 20)
     options = [f'--source={tmp_path}/{name}'] if data == 'openwebtext' else []
-    assert f'{path} is a pointer of Git LFS, not the file: run git lfs pull' in fails(
+    assert f'{path} is a Git LFS pointer, not the file itself: run git lfs pull' in fails(
         repo, data, *options)
 
 

@@ -154,7 +154,7 @@ def test_ctrl_c_ends_the_line_of_the_text(trained, monkeypatch):
     ('--temperature=1e-40', '--temperature=1e-40: expected 0, or 0.0001 or more'),
     ('--init_from=nowhere', 'nowhere: expected gpt2'),
     ('--dtype=half', '--dtype=half: expected auto or float32'),
-    ('--init_from={folder}', 'has 31 tokens and no tokenizer, GPT-2 has 50257: copy its'),
+    ('--init_from={folder}', 'has 31 tokens but no tokenizer, GPT-2 has 50257: copy its'),
 ])
 def test_a_mistake_gets_one_line(option, said, trained, tmp_path):
     if 'folder' in option:

@@ -60,7 +60,7 @@ def test_a_python_that_does_not_fit_is_named_with_what_to_type(version, folder):
 
 
 def test_no_python_at_all_is_named(folder):
-    assert 'make: python3 is no Python that runs: expected 3.10 to 3.13' in make(folder).stderr
+    assert 'make: python3 is not a working Python: expected 3.10 to 3.13' in make(folder).stderr
 
 
 def test_pyenvs_python_is_found_by_its_number(folder):

@@ -110,8 +110,8 @@ def test_a_file_and_every_kind_of_folder_gives_the_packages_ids(own, tmp_path):
     ({}, '--tokenizer=.*: expected a tokenizer.json, or a folder'),
     ({'tokenizer': {'some': 'thing'}}, 'tokenizer.json: expected a tokenizer.json of'),
     ({'tokenizer': []}, 'tokenizer.json: list: expected a JSON object'),
-    ({'tokenizer_config': {}}, r'write it with python -c "from transformers'),  # sentencepiece's
-    ({'vocab.json': {'a': 0}, 'merges.txt': '', 'added_tokens.json': {'<x>': 1}}, 'write it with'),
+    ({'tokenizer_config': {}}, r'create it with python -c "from transformers'),  # sentencepiece's
+    ({'vocab.json': {'a': 0}, 'merges.txt': '', 'added_tokens.json': {'<x>': 1}}, 'create it with'),
     ({'vocab.txt': 'a\nb'}, 'vocab.txt: sep_token not found'),
     ({'merges.txt': ''}, 'vocab.json'),
     ({'tokenizer': {'model': {'type': 'BPE', 'vocab': {'a': 65536}, 'merges': []}}}, '65536'),
@@ -203,7 +203,7 @@ def test_the_token_that_ends_a_text_comes_from_the_option_or_the_files(tmp_path)
         meta = tokens.chosen_tokenizer(str(write(folder, content, **files)), eot)
         assert meta['eot'] == expected
         assert tokens.encoding(meta).eot == ids[expected]
-    refused('--eot=nowhere: no token of ', tokens.chosen_tokenizer, str(folder), 'nowhere')
+    refused('--eot=nowhere: not a token of ', tokens.chosen_tokenizer, str(folder), 'nowhere')
 
 
 # ---------------------------------------------------------------------------- data
@@ -332,7 +332,7 @@ def test_a_model_is_trained_only_on_data_in_its_own_tokens(kind, data, own, tmp_
                '--bias=True')
     line = train(*options, f'--init_from={hf}', f'--dataset={data["gpt2"]}', code=1)
     advice = f'--tokenizer={hf}'
-    assert f"vocabulary is not the data's: prepare the data with {advice}\n" in line
+    assert f'vocabulary does not match the data: prepare the data with {advice}\n' in line
     right = data_in(tmp_path / 'right', advice.partition('=')[2])
     assert f'from {hf}' in train(*options, f'--init_from={hf}', f'--dataset={right}')
     for init_from in 'resume', 'auto':
@@ -358,12 +358,12 @@ def test_openais_tokens_meet_gpt2_data_and_no_other(data, tmp_path):
 def test_a_folder_without_a_tokenizer_is_gpt2s_only_by_its_size(size, data, tmp_path):
     hf = model_folder(tmp_path / 'hf', None, size)
     line = train(f'--init_from={hf}', f'--dataset={data["gpt2"]}', code=1)
-    assert f'{hf} has {size} tokens and no tokenizer, GPT-2 has 50257: copy its' in line
+    assert f'{hf} has {size} tokens but no tokenizer, GPT-2 has 50257: copy its' in line
 
 
 def test_a_folder_that_does_not_even_name_its_size_is_refused(tmp_path):
     (tmp_path / 'config.json').write_text('{}')
-    with pytest.raises(UserError, match='has None tokens and no tokenizer'):
+    with pytest.raises(UserError, match='has None tokens but no tokenizer'):
         tokens.model_tokenizer(tmp_path)
 
 

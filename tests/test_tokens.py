@@ -89,7 +89,7 @@ def write_otherwise(path, ids, kind):
 
 @pytest.mark.parametrize(('kind', 'name'), [
     ('uint32', 'uint32'), ('int32', 'uint32'), ('int64', 'int64'), ('.npy', 'a .npy file'),
-    ('llm.c', "a file of llm.c's")])
+    ('llm.c', 'an llm.c file')])
 @pytest.mark.parametrize('with_meta', [False, True])
 def test_a_token_file_of_another_program_is_named_and_one_line_converts_it(
         folder, kind, name, with_meta):
@@ -138,9 +138,9 @@ def test_zeros_in_a_file_of_uint16_are_ids(folder, ids):
 
 def test_what_git_lfs_and_nanogpts_pickle_stand_for_is_not_taken_for_gpt2s_tokens(folder):
     (folder / 'train.bin').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:12')
-    refused('train.bin is a pointer of Git LFS.*git lfs pull', tokens.Tokens, folder, 'train')
+    refused('train.bin is a Git LFS pointer.*git lfs pull', tokens.Tokens, folder, 'train')
     (folder / 'meta.json').unlink()
-    refused('train.bin is a pointer of Git LFS.*git lfs pull', tokens.Tokens, folder, 'train')
+    refused('train.bin is a Git LFS pointer.*git lfs pull', tokens.Tokens, folder, 'train')
     (folder / 'meta.pkl').touch()
     refused('meta.pkl.*data/shakespeare_char', tokens.load_meta, folder)
 

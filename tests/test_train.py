@@ -643,7 +643,7 @@ def test_a_run_makes_exactly_max_iters_steps_evaluates_and_saves(seven_steps, tm
 @pytest.mark.parametrize(('env', 'said'), [
     ({}, 'done: 7 steps'),
     # The first of two, started again after the end, does not wait for the other.
-    ({**OF_TWO, 'RANK': '0'}, 'has all its 7 steps')])
+    ({**OF_TWO, 'RANK': '0'}, 'already has all 7 steps')])
 def test_a_finished_run_that_is_started_again_ends_and_changes_nothing(
         env, said, seven_steps, data_set, tmp_path):
     out_dir = tmp_path / 'out'
@@ -824,7 +824,7 @@ def check_mistake(folder, said, *options, script='train.py', env=None):
     ('--init_from=scratch', r'out/ckpt\.pt exists and would be overwritten; .*--out_dir'
                             '.*python.* .*--init_from=resume"'),
     ('--out_dir=new', r'new/ckpt\.pt does not exist: .*--init_from=auto'),
-    ('--out_dir=new --init_from=out', r"out is a run's folder: name a file in it, .*out/ckpt\.pt"),
+    ('--out_dir=new --init_from=out', r"out is a run's folder: .*name a file, .*out/ckpt\.pt"),
     ('--out_dir=new --init_from=out/ckpt.pt --n_layer=12', 'n_layer=12 contra.*--n_layer=2$'),
     ('--out_dir=new --init_from=out/ckpt.pt --block_size=33', 'size=33: expected at most 32'),
     ('--n_layer=12', r'--n_layer=12 contradicts .* n_layer=2: type --n_layer=2, or --out_dir'),

@@ -5,7 +5,7 @@
     python sample.py --init_from=out/hf
 
 The format requires biases: a model without them gets zeros, which compute the same function.
-With the tokenizer, also written, transformers.pipeline('text-generation', model='out/hf') works.
+The tokenizer is included: transformers.pipeline('text-generation', model='out/hf') works.
 """
 import support.threads  # before torch, which reads these settings when imported
 import json

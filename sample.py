@@ -1,4 +1,4 @@
-"""Generate text with a checkpoint or with OpenAI's GPT-2.
+"""Generate text from a checkpoint or from OpenAI's GPT-2.
 
     python sample.py                                              # the newest checkpoint in out/
     python sample.py --out_dir=out-shakespeare-char --start='O Romeo'
@@ -25,7 +25,7 @@ init_from = 'resume'  # resume (out_dir's checkpoint), gpt2[-medium|-large|-xl],
 start = '\n'  # the text to continue, or FILE:path to take it from a file
 num_samples = 1  # number of texts, generated one after another
 stop = ''  # ends a text where it appears, and is not printed, e.g. <|endoftext|>; empty: none
-max_new_tokens = 500  # most tokens per text
+max_new_tokens = 500  # maximum tokens per text
 temperature = 0.8  # 0: greedy; below 1: more predictable; above 1: more random
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens with this total probability; 1: from all

@@ -38,7 +38,7 @@ seed = 1337  # for the initial weights, batches and dropout
 # the data
 dataset = 'openwebtext'  # folder below data/, or a path
 block_size = 1024  # tokens per sequence
-batch_size = 12  # most sequences per micro-step and process; limited by memory
+batch_size = 12  # maximum sequences per micro-step and process; limited by memory
 gradient_accumulation_steps = 40  # global batch = batch_size x this, over all processes
 # the model; a checkpoint's shape overrides these defaults, and typing a different one is an error
 n_layer = 12  # blocks

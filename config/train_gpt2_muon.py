@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_muon.py  # GPUs of 16 GB
 
-Muon (Jordan et al., 2024) makes each matrix's update orthogonal; AdamW updates embeddings
-and norms. On a 10M-parameter model with GPT-2's tokens, Muon went below AdamW's final loss in
-0.6 of AdamW's steps (docs/records.md), hence 0.6 of the 600,000 steps here. Not measured at 124M:
-no GPU was available. Muon needs torch >= 2.9.
+Muon (Jordan et al., 2024) makes each matrix's update orthogonal; AdamW updates embeddings and
+norms. On a 10M-parameter model with GPT-2's tokens, Muon went below AdamW's final loss in 0.6 of
+AdamW's steps (docs/records.md), hence 0.6 of the 600,000 steps here. Not measured at 124M: no GPU
+was available. Muon needs torch >= 2.9.
 """
 out_dir = 'out-gpt2-muon'
 init_from = 'auto'
@@ -13,7 +13,7 @@ init_from = 'auto'
 # 12 sequences x 40 x 1024 tokens = 491,520 tokens per step, as in train_gpt2.py
 max_iters = 360_000  # 0.6 x 600,000
 optimizer = 'muon'
-muon_learning_rate = 0.02  # orthogonal updates are all of one size: it hardly depends on width
+muon_learning_rate = 0.02  # orthogonal updates have equal size, so it hardly depends on width
 learning_rate = 1.8e-3  # AdamW's: 3 x train_gpt2.py's, for the embeddings and norms only
 min_lr = 1.8e-4
 

@@ -102,11 +102,11 @@ def load_checkpoint(path):
                         'with --init_from=auto')
     try:
         ckpt = compat.load(str(path))
-    except OSError as error:  # the disk's own: no permission, no response, a stale handle
+    except OSError as error:  # from the disk: no permission, no response, a stale handle
         raise OSError(f'{path}: cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged file can raise anything from torch.load
         what = f'damaged or not a checkpoint ({type(error).__name__})'
-        if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # the latter: torch 2.1
+        if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):  # the latter is torch 2.1's
             what = 'has more than tensors and plain types in it, which could run code'
         raise UserError(f'{path}: {what}: expected a file that train.py wrote') from error
     for key in ('model', 'model_args'):

@@ -1,4 +1,4 @@
-"""What old torch versions lack, one block per version: when it is dropped, so is its block."""
+"""What old torch versions lack, a block each: when a version is dropped, so is its block."""
 import io
 import pickle
 import warnings
@@ -76,6 +76,6 @@ def group_device(backend):
     return {'device_id': torch.device('cuda', torch.cuda.current_device())}
 
 # ------------------------------------------------------------------------------- torch < 2.6
-# Checksums cannot be turned off. torch.load ignores them, and they take as long as the writing.
+# Checksums cannot be turned off. torch.load ignores them, and they take as long as writing itself.
 if hasattr(torch.serialization, 'set_crc32_options'):
     torch.serialization.set_crc32_options(False)

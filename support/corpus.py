@@ -163,7 +163,7 @@ class Documents:
 
 
 STRINGS = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')
-ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # what pyarrow raises
+ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # pyarrow's, for damaged files
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Several processes as one run: their ranks, stopping, agreeing, sharing what rank 0 has.
+"""Several processes as one run: ranks, stopping, agreement, and sharing rank 0's state.
 
 RANK, LOCAL_RANK and WORLD_SIZE identify a process; MASTER_ADDR and MASTER_PORT are the address of
 rank 0. torchrun sets all five, T9k's job controller all but LOCAL_RANK. How processes meet is
@@ -113,7 +113,7 @@ def lost_peers(stop=None, rescue=None):
     except (UserError, OSError) as error:
         if not dist.is_initialized():
             raise
-        leave(1, f'{configurator.this_script()}: {error}')  # its threads can abort a normal exit
+        leave(1, f'{configurator.this_script()}: {error}')  # a process group's threads can abort
 
 
 class StopRequest:
@@ -143,7 +143,7 @@ class StopRequest:
     def note(self, signum, frame):
         code = 128 + signum
         now = time.monotonic()
-        # torchrun forwards a terminal's Ctrl-C: a second one within a second is still the first.
+        # torchrun forwards a terminal's Ctrl-C: one within a second counts as the first.
         second_ctrl_c = self.exit_code and signum == signal.SIGINT and now - self.noted_at > 1
         if not self.armed or second_ctrl_c:
             leave(code)

@@ -10,7 +10,7 @@ from support import compat
 from support.errors import UserError
 
 # Dense bfloat16 peak in FLOP/s (V100: float16), half of any figure "with sparsity". Names as CUDA
-# reports them, without "NVIDIA": matching parts would include laptop chips and MIG slices.
+# reports them, without "NVIDIA": matching substrings would include laptop chips and MIG slices.
 PEAK_FLOPS = {
     # NVIDIA's data sheets
     'Tesla V100-SXM2-16GB': 125e12, 'Tesla V100-SXM2-32GB': 125e12, 'Tesla V100-SXM3-32GB': 125e12,

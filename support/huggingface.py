@@ -115,7 +115,7 @@ def load(source, block_size=None):
             if name.endswith(CONV1D):
                 tensor = tensor.T
             if name != 'lm_head.weight':
-                name = f'transformer.{name.removeprefix("transformer.")}'  # OpenAI's lack that
+                name = f'transformer.{name.removeprefix("transformer.")}'  # not in OpenAI's
             tensors[name] = tensor
     ckpt = {'model': tensors, 'model_args': {**shape, 'bias': True}}
     cut_positions(ckpt, block_size, source)

@@ -102,7 +102,7 @@ def meet_and_connect(backend, rank, world_size, same_run, timeout_s):
                 check_equal(store, must_be_equal)
                 call = answer_the_roll(store, rank, report)
             else:
-                if store is None:  # kept across attempts: it occupies its port
+                if store is None:  # kept across attempts: its port stays occupied
                     store = open_store(report)
                 store.set(RUN, json.dumps(must_be_equal))
                 call = call_the_roll(store, world_size, report)

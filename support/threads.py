@@ -1,4 +1,4 @@
-"""How many threads a process computes with. Import it before torch, which reads this only once.
+"""How many threads a process computes with. Import this before torch, which reads it only once.
 
 torch starts one thread per CPU, regardless of a container's quota, and OpenMP's threads spin while
 they wait (docs/records.md). Values set by the user or torchrun take precedence. Untested on macOS.
@@ -35,7 +35,7 @@ def share(root=Path('/')):
             mount = mount / 'cpu'
         elif controllers != '':
             continue
-        group = mount / path.strip('/')  # in a container, may be the host's; mount is its own
+        group = mount / path.strip('/')  # in a container, path may be the host's
         for folder in [group, *group.parents]:
             quota = read(folder, 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us').split()
             if quota and quota[0] not in ('max', '-1'):

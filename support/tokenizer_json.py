@@ -71,7 +71,7 @@ def from_bert(folder):
     try:
         return json.loads(BertWordPieceTokenizer(str(path), lowercase=lower).to_str())
     except Exception as e:  # the package's errors have no type of their own
-        raise UserError(f"{path}: {e}: expected BERT's vocabulary, a token per line") from e
+        raise UserError(f"{path}: {e}: expected BERT's vocabulary, one token per line") from e
 
 
 def settings(path):

@@ -1,4 +1,4 @@
-"""The first 10,000 documents of OpenWebText, for tests: python data/openwebtext-10k/prepare.py
+"""The first 10,000 documents of OpenWebText, for trials: python data/openwebtext-10k/prepare.py
 
 Set HF_ENDPOINT to use a mirror of the hub; --source=FOLDER reads .parquet files instead.
 """

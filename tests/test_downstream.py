@@ -168,10 +168,10 @@ def test_a_folder_of_other_tokens_is_refused_and_extra_tokens_are_named(exported
         judge.save_pretrained(tmp_path / str(size))
         said = run_here('train.py', f'--init_from={tmp_path / str(size)}', *options)
         if size == 5000:
-            assert said.code == 1 and 'has 5000 tokens and no tokenizer' in said.err
+            assert said.code == 1 and 'has 5000 tokens but no tokenizer' in said.err
             assert 'out_dir' not in said.err
             said = run_here('sample.py', f'--init_from={tmp_path / str(size)}')
-            assert said.code == 1 and 'has 5000 tokens and no tokenizer' in said.err
+            assert said.code == 1 and 'has 5000 tokens but no tokenizer' in said.err
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
     assert 'embeddings 50,257 to 50,259, which the tokenizer lacks, were left out' in said
 

@@ -1,6 +1,6 @@
-"""What the tests of the scripts share: a tiny data set, and the scripts started as users do.
+"""Shared by the tests: a tiny data set, and helpers that start the scripts as a user would.
 
-Each script is a process of its own with one thread. None outlives its time limit or the session.
+Each script runs in its own process with one thread. None outlives its time limit or the session.
 """
 import ast
 import contextlib
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240  # for any script here; they take seconds
-# Options of a run that takes milliseconds a step. 8 sequences of 32 tokens make one.
+# Options of a run whose steps take milliseconds, each of 8 sequences of 32 tokens.
 TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32',
         '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=2', '--max_iters=10',
         '--eval_interval=10', '--eval_iters=2', '--learning_rate=3e-3', '--min_lr=3e-4',
@@ -39,18 +39,18 @@ TINY = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
 CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
 TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 has_muon = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 2.9 has no Muon')
-TIMES = ('dt_ms', 'tok_per_sec', 'mfu', 'eval_s')  # what differs from run to run in log.jsonl
+TIMES = ('dt_ms', 'tok_per_sec', 'mfu', 'eval_s')  # fields of log.jsonl that differ from run to run
 started = []
 
-# Importing torch takes longer than most runs of train.py here: they are forks of a process that has
-# imported it. (A module that is not installed is left out.)
+# Importing torch takes longer than most runs of train.py here, so these are forks of a process that
+# has already imported it. (Modules that are not installed are skipped.)
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(
     ['pytest', 'torch', 'torch._dynamo', 'torch.utils.tensorboard', 'tqdm'])
 
 
 def become(argv, env, cwd, files):
-    """Make a fork what `python ARGV` would be."""
+    """Turn a forked process into `python ARGV`."""
     os.setsid()
     for fd, name in enumerate((os.devnull, *files)):
         os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
@@ -63,7 +63,7 @@ def become(argv, env, cwd, files):
 
 
 class Script:
-    """One process of a script, its output so far in `out` and `err`, its end in `code`."""
+    """The process of a script: its output so far in `out` and `err`, its exit code in `code`."""
 
     def __init__(self, argv, env=None, cwd=ROOT):
         self.files = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
@@ -81,14 +81,14 @@ class Script:
         started.append(self)
 
     def read(self, file):
-        return os.pread(file.fileno(), 2**24, 0).decode()  # leaves the writer's position alone
+        return os.pread(file.fileno(), 2**24, 0).decode()  # does not move the writer's offset
 
     out = property(lambda self: self.read(self.files[0]))
     err = property(lambda self: self.read(self.files[1]))
 
     @property
     def code(self):
-        """The exit code, or -N after signal N; None before the end."""
+        """The exit code, or -N after signal N; None while running."""
         return self.poll()
 
     @property
@@ -101,12 +101,12 @@ class Script:
             os.killpg(self.process.pid, signum)
 
     def until(self, condition, limit_s=LIMIT_S):
-        """Wait for condition(self) or the end of the process."""
+        """Wait until condition(self) holds or the process exits."""
         end = time.monotonic() + limit_s
         while self.code is None and not condition(self):
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
-                raise TimeoutError(f'not within {limit_s} s: {self.out}\n{self.err}')
+                raise TimeoutError(f'timed out after {limit_s} s: {self.out}\n{self.err}')
             time.sleep(0.002)
         return self
 
@@ -120,25 +120,25 @@ def pytest_sessionfinish():
 
 
 def start(script, *options, **where):
-    """The process of `python SCRIPT OPTIONS`, on its way; where: its env, its cwd."""
+    """Start `python SCRIPT OPTIONS`, and return its Script; where: its env, its cwd."""
     return Script([sys.executable, ROOT / script, *options], **where)
 
 
 def run(script, *options, limit_s=LIMIT_S, **where):
-    """`python SCRIPT OPTIONS`, ended."""
+    """Run `python SCRIPT OPTIONS` to its end."""
     return start(script, *options, **where).wait(limit_s)
 
 
 def run_here(script, *options, out=None):
-    """`run`, in this process: without the seconds that a new one takes to start."""
+    """Like `run`, but in this process, which saves the seconds that a new one takes to start."""
     out = out or io.StringIO()
     err = io.StringIO()
     code = 0
-    precision = torch.get_float32_matmul_precision()  # which train.py sets for its process
+    precision = torch.get_float32_matmul_precision()  # train.py sets it process-wide
     with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
           pytest.MonkeyPatch.context() as patch):
         patch.setattr(sys, 'argv', [script, *map(str, options)])
-        patch.setattr(signal, 'signal', lambda *args: None)  # pytest keeps its own
+        patch.setattr(signal, 'signal', lambda *args: None)  # keep pytest's
         patch.setattr(signal, 'set_wakeup_fd', lambda fd: -1)
         try:
             runpy.run_path(str(ROOT / script), run_name='__main__')
@@ -154,8 +154,8 @@ def run_here(script, *options, out=None):
 
 @contextlib.contextmanager
 def before_each_step(function):
-    """In this context, every optimizer of this process calls function(optimizer) first."""
-    from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch < 2: none
+    """In this context, function(optimizer) is called before every optimizer step."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook  # not in torch < 2
     hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: function(optimizer))
     try:
         yield
@@ -164,11 +164,11 @@ def before_each_step(function):
 
 
 class DeviceWatch(TorchDispatchMode):
-    """In this context, the CPU is watched as if it were a GPU. Only what Tensor.cpu returns, and
-    what is computed from that, is on the host; any other tensor is on the device.
+    """In this context, the CPU is treated as if it were a GPU: what Tensor.cpu returns, and what is
+    computed from it, counts as on the host; any other tensor counts as on the device.
 
-    reads: how often a number was read from the device, for which the host has to wait.
-    float64: the operations with a result in float64 on the device.
+    reads: how often a value was read from the device, which makes the host wait.
+    float64: the operations on the device that returned float64.
     """
 
     def __init__(self):
@@ -218,7 +218,7 @@ class DeviceWatch(TorchDispatchMode):
 
 
 def copy_of_repo(folder):
-    """The scripts, configs and data scripts, without what they made here; a small input.txt."""
+    """Copy the scripts, configs and data scripts, without generated files; a small input.txt."""
     for name in ('config', 'data', 'support'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
             '*.bin', '*.tmp', 'meta.json', 'input.txt', 'gpt2', 'shakespeare_texts', '__pycache__'))
@@ -230,7 +230,7 @@ def copy_of_repo(folder):
 
 
 def patched_train(folder, patches):
-    """A script in the folder that is train.py, once `patches` has changed what it imports."""
+    """A script in `folder` that applies `patches` to what train.py imports, then runs train.py."""
     path = folder / 'train.py'
     path.write_text(f"""import os, runpy, sys
 import torch
@@ -249,7 +249,7 @@ def options_in(script):
     found = []
     for name, text, comment in re.findall(
             r'^([a-z]\w*) = ([^#\n]+?)(?:  # (.*))?$', source, re.MULTILINE):
-        with contextlib.suppress(ValueError, SyntaxError):  # of what is no plain value
+        with contextlib.suppress(ValueError, SyntaxError):  # not a literal
             default = ast.literal_eval(text)
             if isinstance(default, (int, float, str)):
                 found.append((name, default, comment))
@@ -273,14 +273,14 @@ def free_port():
 
 
 def start_ranks(world_size, script, *options):
-    """A process per rank, on their way, as the job controller starts them: plain mode."""
+    """Start one process per rank, as the job controller does in plain mode."""
     env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
            'WORLD_SIZE': str(world_size)}
     return [start(script, *options, env={**env, 'RANK': str(rank)}) for rank in range(world_size)]
 
 
 def succeed(scripts):
-    """All of them, ended well."""
+    """Wait for the scripts, and check that each exited with 0."""
     for script in scripts:
         assert script.wait().code == 0, script.err
     return scripts
@@ -303,7 +303,7 @@ def evaluations_of(out_dir):
 
 
 def differences(a, b, where=''):
-    """The places where two nested states are not bitwise equal."""
+    """The paths at which two nested states are not bitwise equal."""
     if type(a) is not type(b):
         return [where]
     if isinstance(a, torch.Tensor):
@@ -322,7 +322,7 @@ def differences(a, b, where=''):
 
 
 def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
-    """Characters that follow each other by one of three: 1.1 nats a token at best."""
+    """Each character has three equally likely successors: at best ln 3 = 1.1 nats per token."""
     folder.mkdir(parents=True)
     ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
     ids[:n_train].astype('<u2').tofile(folder / 'train.bin')
@@ -336,7 +336,7 @@ def write_data_set(folder, n_train=4000, n_val=1000, meta=True):
 
 @pytest.fixture(scope='session')
 def data_set(tmp_path_factory):
-    """The folder of a data set of 31 characters, some of several bytes."""
+    """The folder of a data set with a vocabulary of 31 characters, some of them multi-byte."""
     return write_data_set(tmp_path_factory.mktemp('data') / 'tiny')
 
 

@@ -1,13 +1,13 @@
-"""A stand-in for T9k's job controller: the replicas of a manifest as processes on this machine.
+"""A stand-in for T9k's job controller: runs a manifest's replicas as processes on this machine.
 
     with Job(manifest('job.yaml'), folder, ['--device=cpu'], replicas=2) as job:
         assert job.run(limit_s=60) == 'Succeeded', job.logs()
 
-Faithful to what is known of PyTorchTrainingJob: the schema of its dialect, the variables that it
-injects or the torchrun line that it assembles, restartPolicy, one backoffLimit for all replicas,
-and the verdict of the first replica. Replaced for a CPU: the number of replicas, of one process
-each, and options appended to the script's. A replica that failed is started again at once, which
-is harder on the others than a new pod's seconds.
+It follows what is known of PyTorchTrainingJob: the schema of each dialect, the variables that it
+injects or the torchrun command that it assembles, restartPolicy, one backoffLimit for all replicas,
+and an outcome decided by the first replica. Adapted to a CPU: the number of replicas, each of one
+process, and options appended to the script's. A failed replica is restarted at once, which is
+harder on the others than the seconds that a new pod takes.
 """
 import json
 import os
@@ -30,7 +30,7 @@ RESTARTED = (130, 137, 138, 143)  # by restartPolicy ExitCode
 
 
 def manifest(name, dialect='2023-10'):
-    """The job in a manifest, switched to the dialect as docs/t9k.md says, and valid."""
+    """The job in a manifest, converted to the dialect as docs/t9k.md shows, and validated."""
     command = f'cat {shlex.quote(str(ROOT / name))}'
     if dialect == '2023-12':
         page = (ROOT / 'docs/t9k.md').read_text(encoding='utf-8')
@@ -45,7 +45,7 @@ def tree(pid):
     """pid and its descendants: what dies with a pod. torchrun's workers have their own sessions."""
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # it has exited since
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
     found = [pid]
     for p in found:
@@ -54,16 +54,16 @@ def tree(pid):
 
 
 def code_of(pod):
-    """Its exit code as a container tells it, 128 + a signal's number; None while it lives."""
+    """The exit code as a container reports it: 128 + N after signal N; None while running."""
     code = pod.poll()
     return 128 - code if code is not None and code < 0 else code
 
 
 class Job:
-    """A job, started. Logs go to folder/<replica>.log.
+    """A running job. Logs go to folder/<replica>.log.
 
-    others: options of all replicas but the first.
-    phase: Running, Succeeded or Failed. ends: (replica, exit code) of each process that ended.
+    others: extra options for all replicas but the first.
+    phase: Running, Succeeded or Failed. ends: (replica, exit code) of each process that exited.
     restarts: how much of the backoffLimit is used up.
     """
 
@@ -78,7 +78,7 @@ class Job:
     def command(self, i):
         """(arguments, environment) of replica i."""
         container, = self.replica['template']['spec']['containers']
-        volume = container['volumeMounts'][0]['mountPath']  # here: the folder, as /t9k is root's
+        volume = container['volumeMounts'][0]['mountPath']  # replaced by `folder`: /t9k needs root
         env = {e['name']: e['value'].replace(volume, str(self.folder)) for e in container['env']}
         env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
         options = [*self.options, *(self.others if i else ())]
@@ -86,8 +86,8 @@ class Job:
         if not (torchrun.get('enable') or torchrun.get('enabled')):
             env |= {'RANK': str(i), 'WORLD_SIZE': str(self.size)}
             return [sys.executable, *container['command'][1:], *options], env
-        # torchrun takes the last --rdzv_conf only: one option for the job's and the stand-in's.
-        conf = [f'is_host={str(i == 0).lower()}']  # one host for all: an address cannot tell it
+        # torchrun uses only the last --rdzv_conf, so the job's and the stand-in's are merged.
+        conf = [f'is_host={str(i == 0).lower()}']  # one machine for all: ambiguous by address
         extra = []
         for option in torchrun.get('extraOptions', []):
             if option.startswith('--rdzv_conf='):
@@ -103,7 +103,7 @@ class Job:
                 *container['args'], *options], env
 
     def start(self, i):
-        """Replica i in a new pod: also a node that comes (back) to an elastic job."""
+        """Start replica i in a new pod; also how a node joins, or rejoins, an elastic job."""
         argv, env = self.command(i)
         with open(self.folder / f'{i}.log', 'ab') as log:
             self.pods[i] = subprocess.Popen(
@@ -111,7 +111,7 @@ class Job:
                 stderr=log, umask=0o022)
 
     def kill(self, i, signum=signal.SIGKILL):
-        """Send a signal to all processes of replica i; SIGTERM to its first, as Kubernetes does."""
+        """Signal all processes of replica i; with SIGTERM only the first, as Kubernetes does."""
         alive = i in self.pods and self.pods[i].poll() is None
         pids = tree(self.pods[i].pid) if alive else []
         for pid in pids[:1] if signum == signal.SIGTERM else pids:
@@ -127,12 +127,12 @@ class Job:
         return (self.folder / f'{i}.log').read_text(errors='replace')
 
     def logs(self):
-        """What a failed test shows: how each process ended, and the ends of the logs."""
+        """What a failed test shows: how each process exited, and the tails of the logs."""
         tails = [f'-- {i}.log\n{self.log(i)[-4000:]}' for i in range(self.size)]
         return '\n'.join([f'{self.phase}, restarts {self.restarts}, ends {self.ends}', *tails])
 
     def tick(self):
-        """See to the replicas that ended."""
+        """Handle the replicas that have exited."""
         for i, pod in sorted(self.pods.items()):
             code = code_of(pod)
             if code is None or self.phase != 'Running':
@@ -150,18 +150,18 @@ class Job:
                 self.phase = 'Failed'
 
     def run(self, until=lambda: False, limit_s=90):
-        """Control the job until `until()` or its end; its phase. TimeoutError after limit_s."""
+        """Control the job until `until()` or its end, and return its phase; or TimeoutError."""
         end = time.monotonic() + limit_s
         while self.phase == 'Running' and not until():
             if time.monotonic() > end:
-                raise TimeoutError(f'not within {limit_s} s: {self.logs()}')
+                raise TimeoutError(f'timed out after {limit_s} s: {self.logs()}')
             self.tick()
             time.sleep(0.005)
         return self.phase
 
     def delete(self, replicas):
-        """SIGTERM to these replicas, as when a job is deleted or preempted: {replica: exit code} of
-        all, none started again. TimeoutExpired if one lives on."""
+        """Send SIGTERM to these replicas, as when a job is deleted or preempted, and restart none.
+        Return {replica: exit code} of all. TimeoutExpired if one does not exit."""
         for i in replicas:
             self.kill(i, signal.SIGTERM)
         for pod in self.pods.values():

@@ -1,17 +1,17 @@
-"""Proof that a change of the code changes no run: record two checkouts, compare the records.
+"""Check that a change of the code changes no run: record two checkouts, compare the records.
 
     python tests/same_run.py record REPO_FOLDER OUT.json     # 12 minutes on two busy cores
-    python tests/same_run.py compare A.json B.json           # what differs; ends with 1 if any does
+    python tests/same_run.py compare A.json B.json           # what differs; exits with 1 if any
     python tests/same_run.py compare A.json B.json --losses=1e-5
 
---only=TEXT takes the runs with TEXT in their names. --losses is for a change of rounding: only the
-losses of the first ten steps are compared, to this absolute tolerance.
+--only=TEXT selects the runs with TEXT in their names. --losses is for changes of rounding: only the
+losses of the first ten steps are compared, with this absolute tolerance.
 
-A record holds of each run the exit codes, the last line of an error, log.jsonl without its times,
+For each run, a record holds the exit codes, the last line of an error, log.jsonl without its times,
 the sha256 of every tensor in ckpt.pt and best.pt, their plain values, and what sample.py prints.
-All of it must be equal to the last bit, but `lr` may differ in its 15th digit. Scripts are started
-as users do, in copies of the checkout, and no module of it is imported: any layout will do. Make
-both records on one machine and in one environment.
+All of it must be bitwise equal, except that `lr` may differ in its 15th digit. Scripts are started
+as a user would, in copies of the checkout, and none of its modules is imported, so that any layout
+works. Make both records on the same machine and in the same environment.
 """
 import argparse
 import hashlib
@@ -35,9 +35,9 @@ import numpy as np
 import torch
 
 LAB = Path(tempfile.gettempdir()).resolve() / f'same_run.{os.getpid()}'  # removed at the end
-REPO = LAB / 'repo'  # copied once more for each run
-LIMIT_S = 900  # of any process; alone they take seconds
-SHOWN = 12  # differences of a run that are printed
+REPO = LAB / 'repo'  # copied again for each run
+LIMIT_S = 900  # for any process; on an idle machine they take seconds
+SHOWN = 12  # differences printed per run
 TIMES = ('dt_ms', 'tok_per_sec', 'mfu', 'eval_s', 'peak_gib')
 HASHED = ('data/*/*.bin', 'data/*/meta.json', 'hf/*', 'options.json')
 CHARS = '\n' + 'abcdefghijklmnopqrstuvwxyz é日🙂'
@@ -45,7 +45,7 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
 started = []
 
 # ------------------------------------------------------------------------------------ runs
-# Milliseconds a step. 8 sequences of 32 tokens make one.
+# Steps take milliseconds, each of 8 sequences of 32 tokens.
 TINY = ('--device=cpu --dtype=float32 --dataset=char --n_layer=2 --n_head=2 --n_embd=32 '
         '--block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --max_iters=10 '
         '--eval_interval=10 --eval_iters=2 --learning_rate=3e-3 --min_lr=3e-4 --warmup_iters=4 '
@@ -53,7 +53,7 @@ TINY = ('--device=cpu --dtype=float32 --dataset=char --n_layer=2 --n_head=2 --n_
 LONG = (f'{TINY} --init_from=auto --out_dir=new --n_embd=64 --dropout=0.1 --grad_clip=0.5 '
         '--max_iters=30 --eval_interval=15 --checkpoint_interval=5')
 SAMPLE = 'python sample.py --device=cpu --dtype=float32 --max_new_tokens=20'
-# A command: the options with which it fails, each by itself. out/ holds the ten steps of TINY.
+# {command: options, each of which makes it fail}. out/ holds a run of the ten steps of TINY.
 MISTAKES = {
     f'python train.py {TINY} --max_iters=12 --init_from=resume': [
         '--n_layers=3', '--lr=1', '--n_layer 5', '--n_layer=two', '--bias=1', '--batch_size=0',
@@ -78,7 +78,7 @@ MISTAKES = {
 
 
 def all_runs():
-    """{name: commands, one after the other in a copy of the checkout}; see `start` and `cut`."""
+    """{name: commands to run in order in a copy of the checkout}; see `start` and `cut`."""
     long, tiny = f'python train.py {LONG}', f'python train.py {TINY}'
     greedy, documents = f'{SAMPLE} --temperature=0', '--dataset=openwebtext-10k'
     runs = {
@@ -106,7 +106,7 @@ def all_runs():
     }
     for ranks, optimizer, dtype in product((1, 2), ('adamw', 'muon'), ('float32', 'bfloat16')):
         train = (f'RANKS={ranks} {long} --optimizer={optimizer} --dtype={dtype} '
-                 f'--gradient_accumulation_steps={2 * ranks}')  # two micro-steps of each
+                 f'--gradient_accumulation_steps={2 * ranks}')  # two micro-steps per rank
         runs[f'{ranks} x {optimizer} {dtype}: uncut'] = [train]
         for how in ('SIGTERM', 'SIGINT', 'SIGKILL', 'LOST'):
             if ranks > 1 or how != 'LOST':
@@ -122,7 +122,7 @@ def all_runs():
 
 # ------------------------------------------------------------------------------- processes
 def start(command, here):
-    """Its processes, on their way. NAME=value before it: RANKS of them, or their environment."""
+    """Start its processes. NAME=value before it sets RANKS, their number, or their environment."""
     env, words = {**ENV, 'RANKS': '1'}, command.split()
     while '=' in words[0]:
         name, _, env[name] = words.pop(0).partition('=')
@@ -144,11 +144,11 @@ def start(command, here):
 def send(processes, signum):
     for process in processes:
         if process.poll() is None:
-            os.killpg(process.pid, signum)  # and to what it started, such as pip
+            os.killpg(process.pid, signum)  # and to its children, such as pip
 
 
 def ends_of(processes):
-    """(exit code, or -N after signal N, 9 being the limit's, too; stdout; stderr's last line)"""
+    """[(exit code, or -N after signal N, -9 also at the limit; stdout; stderr's last line), ...]"""
     ends = []
     for process in processes:
         try:
@@ -161,10 +161,10 @@ def ends_of(processes):
 
 
 def cut(command, here):
-    """The ends of CUT=HOW ..., ended at a step from 6 to 15: any, since resuming is exact."""
+    """Run CUT=HOW ... and end it at a step from 6 to 15; any will do, since resuming is exact."""
     how = re.match(r'CUT=(\w+)', command)[1]
     step = 6 + zlib.crc32(command.encode()) % 10
-    for _ in range(9):  # on a busy machine, a run can reach its end before the signal comes
+    for _ in range(9):  # on a busy machine, a run can finish before the signal arrives
         shutil.rmtree(here / 'new', ignore_errors=True)
         processes, limit = start(command, here), time.monotonic() + LIMIT_S
         while last_step(here) < step and processes[0].poll() is None and time.monotonic() < limit:
@@ -172,7 +172,7 @@ def cut(command, here):
         if how == 'LOST':
             send(processes[1:], signal.SIGKILL)
         else:
-            if how == 'SIGKILL':  # halted first: none of them notices that another is gone
+            if how == 'SIGKILL':  # stopped first, so that none notices that another is gone
                 send(processes, signal.SIGSTOP)
             send(processes, getattr(signal, how))
         ends = ends_of(processes)
@@ -189,7 +189,7 @@ def last_step(here):
 
 # ---------------------------------------------------------------------------------- record
 def run(name, commands):
-    """What is recorded of a run."""
+    """The record of a run."""
     here = LAB / re.sub(r'\W+', '-', name)
     shutil.copytree(REPO, here)
     told = {'exit codes': [], 'errors': [], 'printed': []}
@@ -209,7 +209,7 @@ def run(name, commands):
 
 
 def files_made(here):
-    """{path: what is in it, hashed but for logs and the plain values of checkpoints}"""
+    """{path: its content, hashed except for logs and the plain values of checkpoints}"""
     told = {}
     for pattern in ('*/log.jsonl', '*/*.pt', *HASHED):
         for path in sorted(here.glob(pattern)):
@@ -222,7 +222,7 @@ def files_made(here):
                                for entry in entries]
             elif path.suffix == '.pt':
                 state = torch.load(path, map_location='cpu', weights_only=True)
-                del state['config']  # a new option would be in all runs: see ten losses
+                del state['config']  # else a new option would change every run; see ten losses
                 told[place] = fingerprint(state)
             else:
                 told[place] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -230,7 +230,7 @@ def files_made(here):
 
 
 def fingerprint(value):
-    """The value, with a hash for each tensor."""
+    """The value, with each tensor replaced by its hash."""
     if isinstance(value, dict):
         return {str(key): fingerprint(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -242,7 +242,7 @@ def fingerprint(value):
 
 
 def write_data_set(name, n_train=4000, n_val=1000):
-    """Characters that follow each other by one of three: 1.1 nats a token at best."""
+    """Each character has three equally likely successors: at best ln 3 = 1.1 nats per token."""
     folder = REPO / 'data' / name
     folder.mkdir()
     ids = np.cumsum(np.random.default_rng(0).integers(1, 4, n_train + n_val)) % len(CHARS)
@@ -255,19 +255,19 @@ def write_data_set(name, n_train=4000, n_val=1000):
 
 
 def prepare(repo):
-    """REPO: a copy of the checkout with data sets, ten steps of TINY in out/, and traps."""
+    """Make REPO: a copy of the checkout with data sets, ten steps of TINY in out/, and traps."""
     shutil.copytree(repo, REPO, ignore=shutil.ignore_patterns(
         '.*', '__pycache__', 'tests', 'docs', 'shared', 'out', 'out-*', 'hf', '*.bin', '*.tmp',
         'meta.json', 'input.txt'))
     write_data_set('char')
-    (write_data_set('no_meta') / 'meta.json').unlink()  # then it has GPT-2's tokens
+    (write_data_set('no_meta') / 'meta.json').unlink()  # then its tokens count as GPT-2's
     write_data_set('short', n_train=32)
     (write_data_set('half') / 'train.bin').write_bytes(b'half')
     (write_data_set('broken') / 'meta.json').write_text('{"tokenizer": "char"}')
     np.full(4000, 999, '<u2').tofile(write_data_set('beyond') / 'train.bin')
     [(code, _, line)] = ends_of(start(f'python train.py {TINY}', REPO))
     if code:
-        sys.exit(f'{repo}: ten steps ended with {code}: {line}')
+        sys.exit(f'{repo}: ten steps exited with {code}: {line}')
     traps, content = REPO / 'traps', (REPO / 'out' / 'ckpt.pt').read_bytes()
     for name in ('damaged', 'code', 'empty'):
         (traps / name).mkdir(parents=True)
@@ -324,14 +324,14 @@ def first_losses(told):
 
 
 def distance(a, b):
-    """How far two numbers are apart; of other values, 0 or infinity."""
+    """The distance between two numbers; of other values, 0 if they are equal, else infinity."""
     if type(a) is type(b) is float and math.isfinite(a - b):
         return abs(a - b)
     return 0.0 if type(a) is type(b) and a == b else math.inf
 
 
 def compare(old_path, new_path, only, losses):
-    """Print what differs; whether all is equal."""
+    """Print what differs; return whether all is equal."""
     old, new = (json.loads(Path(path).read_text(encoding='utf-8')) for path in (old_path, new_path))
     names = [name for name in {**old, **new} if only in name]
     n_values, n_red, largest = 0, 0, (0.0, '')

@@ -1,4 +1,4 @@
-"""bench.py measures both sides, and says what is wrong with its options."""
+"""bench.py measures both sides, and reports mistakes in its options."""
 import os
 import re
 import subprocess
@@ -39,11 +39,11 @@ def test_every_case_measures_gpt2(case, rows, tmp_path):
 
 @pytest.fixture
 def bare_python(tmp_path):
-    """A Python that has torch, numpy, pytest, what these need, and no other package."""
+    """A Python with torch, numpy, pytest and their dependencies, and no other package."""
     links = tmp_path / 'links'
     links.mkdir()
     names = ['torch', 'numpy', 'pytest']
-    for name in names:  # which grows
+    for name in names:  # grows on the way
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:  # for another system or Python
@@ -65,7 +65,7 @@ def bare_python(tmp_path):
 def test_a_bare_machine_measures_and_tests_its_gpu(bare_python, tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
     for command, expected in (
-            (['-c', 'import tqdm'], "No module named 'tqdm'"),  # this test's own premise
+            (['-c', 'import tqdm'], "No module named 'tqdm'"),  # the premise of this test
             ([ROOT / 'bench.py', '--cases=loader', '--rounds=1', '--device=cpu'], 'us per 12 x'),
             (['-m', 'pytest', ROOT / 'tests/test_cuda.py', '-k', 'device_once and adamw'],
              '1 passed')):

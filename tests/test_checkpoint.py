@@ -1,4 +1,4 @@
-"""checkpoint.py reads whole, nanoGPT's, damaged and evil files, and never leaves half a one."""
+"""checkpoint.py: reads good, nanoGPT's, damaged and malicious files; leaves no partial ones."""
 import errno
 import io
 import os
@@ -31,7 +31,7 @@ def full_of(n, size=10):
 
 
 def held(path):
-    """The number that the state at `path`, a whole one, is full of."""
+    """The number that fills the state at `path`, which must be complete."""
     numbers = set()
     for weight in load_checkpoint(path)['model'].values():
         numbers.add(weight.min().item())
@@ -53,7 +53,7 @@ def test_nanogpts_checkpoints_load(tmp_path):
     weights['lm_head.weight'] = weights['transformer.wte.weight']
     saved = {f'module._orig_mod.{name}': w for name, w in weights.items()}
     saved['module._orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 12, 12)  # its mask
-    # The first ones had no bias among their arguments: True was meant.
+    # The earliest ones had no bias in their model_args: it was True.
     torch.save({'model': saved, 'model_args': TINY, 'best_val_loss': torch.tensor(2.25)},
                tmp_path / 'ckpt.pt')
     ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))
@@ -82,12 +82,12 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
     torch.save({**full_of(1), 'meta': bomb}, path)
     message = one_line(load_checkpoint, path)
     assert str(path) in message and 'could run code' in message
-    for thing in (bomb, np.float32(1), print):  # the one that torch 1.13 needs
+    for thing in (bomb, np.float32(1), print):  # torch 1.13's
         with pytest.raises(pickle.UnpicklingError, match='GLOBAL'):
             compat.PlainUnpickler(io.BytesIO(pickle.dumps(thing, 2))).load()
     assert not (tmp_path / 'boom').exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / 'boom').exists()  # the bomb is one
+    assert (tmp_path / 'boom').exists()  # the bomb does work
 
 
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
@@ -106,12 +106,12 @@ def test_damaged_checkpoints_are_named_in_one_line(tmp_path):
         assert "no 'model" in one_line(load_checkpoint, path)
 
 
-# ----------------------------------------------------------------------- does it fit the run
+# ----------------------------------------------------------------------- does it match the run
 CHARS = {'tokenizer': 'char', 'chars': 'abc', 'vocab_size': 3}
 
 
 SHAPE = GPTConfig(**TINY)
-# The options of train.py that count here, with other defaults than SHAPE has but for block_size.
+# The options of train.py that matter here; all but block_size differ from SHAPE's.
 OPTIONS = {'block_size': 12, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'bias': False,
            'dropout': 0.0, 'optimizer': 'adamw', 'max_iters': 9}
 OF_THE_CKPT = {'n_layer': 3, 'n_head': 3, 'n_embd': 24, 'bias': True, 'optimizer': 'lion'}
@@ -152,7 +152,7 @@ def refuse(said, ckpt, meta=CHARS, **typed):
 
 @pytest.mark.parametrize(('typed', 'said'), [
     ({'n_layer': 2}, '--n_layer=2 .*type --n_layer=3'), ({'bias': False}, '--bias=False .*=True'),
-    ({'n_layer': 12}, '--n_layer=12 .*=3'),  # the default's value, but typed
+    ({'n_layer': 12}, '--n_layer=12 .*=3'),  # the default, but typed
     ({'block_size': 8}, '--block_size=8 .*=12'), ({'n_embd': 12}, '--n_embd=12 .*=24'),
     ({'n_head': 4}, '--n_head=4 .*=3'), ({'optimizer': 'adamw'}, '=adamw .*type --optimizer=lion')])
 def test_what_is_typed_and_contradicts_the_checkpoint_is_refused_by_name(typed, said):
@@ -229,7 +229,7 @@ def save(folder, n, size=1, best=False):
 
 
 def checkpoints(folder):
-    """{name: what it is full of} of all checkpoints, whole or not, in a folder."""
+    """{name: the number that fills it} of all files but owner.json; each must be complete."""
     return {name: held(folder / name) for name in os.listdir(folder) if name != 'owner.json'}
 
 
@@ -238,7 +238,7 @@ def save_again_and_again(n, folder, done):
     while True:
         n += 1
         state = full_of(n, 10**6)  # 40 MB
-        done.send(n)  # the one before
+        done.send(n)  # the previous one is saved
         save_checkpoint(owner, state, best=True)
 
 
@@ -264,13 +264,13 @@ def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kil
         ckpt = held(tmp_path / 'ckpt.pt')
         best = held(tmp_path / 'best.pt')
         assert older <= ckpt <= best
-    assert leftovers > 0 and best > n_kills / 2  # killed in a write, and after one
+    assert leftovers > 0 and best > n_kills / 2  # some killed in a write, some after one
     save(tmp_path, 0, best=True)  # over what the last kill left
     assert checkpoints(tmp_path) == {'ckpt.pt': 0, 'best.pt': 0}
 
 
 def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
-    """After a kill between the two, ckpt.pt would say that these weights are best.pt's already."""
+    """Else, after a kill between the two, ckpt.pt would claim that best.pt has these weights."""
     owner = Owner(tmp_path)
     renamed = []
     monkeypatch.setattr(Path, 'replace', lambda old, new: renamed.append(new.name))
@@ -282,7 +282,7 @@ def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize('killed', [True, False])
 @pytest.mark.parametrize('leftover', ['half a file', 'a link to best.pt'])
 def test_what_a_kill_left_behind_does_no_harm(leftover, killed, linkable, tmp_path, monkeypatch):
-    """A link is a trap: writing into it would change best.pt, for good if that is killed, too."""
+    """Writing into a leftover link would change best.pt, for good if that write is killed, too."""
     dead = Owner(tmp_path)
     save_checkpoint(dead, full_of(1), best=True)
     for name in 'ckpt.pt', 'best.pt':
@@ -300,7 +300,7 @@ def test_what_a_kill_left_behind_does_no_harm(leftover, killed, linkable, tmp_pa
         return
     save(tmp_path, 2, best=True)
     assert checkpoints(tmp_path) == {'ckpt.pt': 2, 'best.pt': 2}
-    # Where links are possible, the data is there once.
+    # Where hard links work, the data is stored once.
     assert os.path.samefile(tmp_path / 'ckpt.pt', tmp_path / 'best.pt') == linkable
     save(tmp_path, 3)
     assert checkpoints(tmp_path) == {'ckpt.pt': 3, 'best.pt': 2}
@@ -340,7 +340,7 @@ def test_whoever_lost_the_folder_saves_nothing(tmp_path):
 
 
 def test_a_folder_lost_while_a_save_writes_is_not_touched(tmp_path, monkeypatch):
-    """It is claimed, and its temporary files are removed, in the middle of the write."""
+    """Another run claims it and removes its temporary files in the middle of the write."""
     loser = Owner(tmp_path)
     fsync = os.fsync
     monkeypatch.setattr(os, 'fsync', lambda fd: (Owner(tmp_path), fsync(fd)))
@@ -350,7 +350,7 @@ def test_a_folder_lost_while_a_save_writes_is_not_touched(tmp_path, monkeypatch)
 
 
 def test_a_disk_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
-    """Else a new run would overwrite the checkpoint that is there."""
+    """Else a new run would overwrite the existing checkpoint."""
     path = str(tmp_path / 'ckpt.pt')
     assert not checkpoint.exists(path)
     save(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""configurator.py: options come from config files and --key=value, in order, or end in one line."""
+"""configurator.py: options from config files and --key=value, in order; mistakes in one line."""
 import re
 import sys
 
@@ -17,7 +17,7 @@ def override(*argv, limits=()):
 
 
 def refuse(*argv, limits=()):
-    """The one line that ends the script, without the script's name."""
+    """The one-line error that ends the script, without the script's name."""
     with pytest.raises(SystemExit) as caught:
         override(*argv, limits=limits)
     script, _, line = caught.value.code.partition(': ')  # a string: to stderr, with exit code 1
@@ -68,7 +68,7 @@ def test_a_config_file_has_any_name_and_text_and_may_use_what_was_set_before_it(
 
 
 @pytest.mark.parametrize(('text', 'names'), [
-    ('n_layer = 12', 'n_layer'),  # the default's value
+    ('n_layer = 12', 'n_layer'),  # the default
     ('n_layer = width = 5\nbias, start = False, ""', 'n_layer width bias start'),
     ('n_layer += 0\nif True:\n    bias = False', 'n_layer bias'),
     ('for width in [5]:\n    pass', 'width'),
@@ -103,8 +103,8 @@ def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
 
 
 def test_an_argument_that_the_locale_cannot_read_is_refused_with_the_cure():
-    """As a Chinese path is in LC_ALL=C with Python's UTF-8 mode off: torch cannot open it."""
-    arg = '--out_dir=/tmp/\udce8\udcbe\udc93'  # what Python makes of such bytes
+    """Such as a Chinese path in LC_ALL=C with Python's UTF-8 mode off: torch cannot open it."""
+    arg = '--out_dir=/tmp/\udce8\udcbe\udc93'  # how Python decodes such bytes
     assert refuse(arg) == f'{arg!a}: not in the encoding of this locale, ' \
                           f'{sys.getfilesystemencoding()}: set PYTHONUTF8=1'
 
@@ -171,7 +171,7 @@ def test_the_home_folder_is_found_in_options_that_are_paths(config, monkeypatch)
     for path in '~/out', '$HOME/out', '${HOME}/out':
         assert override(f'--out_dir={path}')['out_dir'] == home
         assert override(config(f'out_dir = {path!r}'))['out_dir'] == home
-        assert override(f'--start={path}')['start'] == path  # a text
+        assert override(f'--start={path}')['start'] == path  # not a path
     assert override('--out_dir=~/a,b,~/c')['out_dir'] == '/home/li lei/a,b,/home/li lei/c'
     for path in 'a~/out', './~', '$NO_SUCH_NAME/out', '':
         assert override(f'--out_dir={path}')['out_dir'] == path
@@ -228,7 +228,7 @@ def test_the_command_to_type_again_begins_with_this_python(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PATH', str(tmp_path / 'elsewhere'))  # as after `make train`
     assert configurator.interpreter() == '.venv/bin/python3'
-    monkeypatch.setenv('PATH', str(ours.parent))  # as in an environment that is active
+    monkeypatch.setenv('PATH', str(ours.parent))  # as in an activated environment
     assert configurator.interpreter() == 'python'
     monkeypatch.chdir('elsewhere')
     monkeypatch.setenv('PATH', '')

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its data set, its config and its commands, done as the page says."""
+"""CONTRIBUTING.md: its data set, config, commands and changes, applied as the page shows them."""
 import copy
 import importlib.util
 import re
@@ -47,7 +47,7 @@ def test_the_data_set_and_the_config_of_the_page_work(tmp_path):
 
 
 def type_in(repo, command, *options):
-    """`python SCRIPT ...` and further options, typed in a copy of the repository; it succeeds."""
+    """Run `python SCRIPT ...` with more options in a copy of the repository; it must succeed."""
     python, script, *written = shlex.split(command)
     assert python == 'python'
     [done] = succeed([start(repo / script, *written, *options, cwd=repo)])
@@ -67,7 +67,7 @@ def test_every_make_target_and_test_that_the_page_names_exists():
 @pytest.mark.parametrize(('has_gpu', 'starts'), [
     (True, '-m pytest tests/test_cuda.py'), (False, '-m venv')])
 def test_the_tests_of_a_gpu_run_in_the_python_that_has_one(has_gpu, starts, tmp_path):
-    python = tmp_path / 'python'  # says what it is told to do, but for two questions
+    python = tmp_path / 'python'  # echoes its arguments, but for two queries
     python.write_text(f"""#!/bin/sh
         case "$*" in
             *is_available*) exit {int(not has_gpu)} ;;
@@ -97,18 +97,18 @@ def changed_repo(folder, heading):
 
 
 def apply(repo, old, new, heading):
-    """Replace the lines `old`, which only one of these scripts has, and only once."""
+    """Replace the lines `old`, which exactly one of these scripts has, exactly once."""
     for name in 'model.py', 'train.py', 'sample.py':
         text = (repo / name).read_text(encoding='utf-8')
         if text.count(old) == 1:
             (repo / name).write_text(text.replace(old, new), encoding='utf-8')
             return
     pytest.fail(f'neither model.py nor train.py nor sample.py has these lines once; if you changed '
-                f'them, change them in CONTRIBUTING.md, too, under "{heading}":\n{old}')
+                f'them, change CONTRIBUTING.md, too, under "{heading}":\n{old}')
 
 
 def trains(repo, data_set, *options):
-    """TINY steps in the changed copy; the process, which may have refused."""
+    """Run TINY steps in the changed copy; return the process, which may have failed."""
     return start(repo / 'train.py', *TINY, f'--dataset={data_set}', '--out_dir=out', *options,
                  cwd=repo).wait()
 
@@ -118,12 +118,12 @@ def test_another_position_encoding_trains_resumes_samples_and_is_no_gpt2(tmp_pat
     repo = changed_repo(tmp_path, 'Another position encoding')
     spec = importlib.util.spec_from_file_location('rope', repo / 'model.py')
     rope = importlib.util.module_from_spec(spec)
-    sys.modules['rope'] = rope  # which dataclasses look up
+    sys.modules['rope'] = rope  # dataclasses look it up
     spec.loader.exec_module(rope)
     torch.manual_seed(0)
     gpt = rope.GPT(rope.GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32))
     gpt.eval()
-    for p in gpt.parameters():  # far from the flat start, so that positions tell
+    for p in gpt.parameters():  # far from the initialization, so that positions matter
         torch.nn.init.normal_(p, std=0.3)
     idx = torch.tensor([[3, 1, 4, 1, 5]])
     assert not torch.allclose(gpt(idx)[0][:, -1], gpt(idx[:, [1, 0, 2, 3, 4]])[0][:, -1])
@@ -167,7 +167,7 @@ def test_one_more_metric_is_in_the_log(tmp_path, data_set):
 
 
 def all_ways(repo, data_set, folder, *options):
-    """The out_dirs of 20 steps in one process, in one that is resumed at step 10, in two."""
+    """The out_dirs of 20 steps: in one process, in one resumed at step 10, and in two."""
     train = repo / 'train.py'
     options = (*TINY, f'--dataset={data_set}', '--init_from=auto', *options)
     succeed([start(train, *options, f'--out_dir={folder}/whole', '--max_iters=20'),
@@ -178,7 +178,7 @@ def all_ways(repo, data_set, folder, *options):
 
 
 def check_exact(whole, cut, two):
-    """A resumed run is the same to the last bit, two processes are up to rounding."""
+    """A resumed run is bitwise the same; two processes agree up to rounding."""
     expected = load_checkpoint(whole / 'ckpt.pt')
     resumed = load_checkpoint(cut / 'ckpt.pt')
     resumed['config'] = expected['config']  # all but out_dir and max_iters
@@ -207,7 +207,7 @@ def test_an_average_of_the_weights_is_evaluated_resumed_and_sampled(tmp_path, da
     ckpt = copy.deepcopy(load_checkpoint(whole / 'ckpt.pt'))
     for name, average in load_checkpoint(two / 'ckpt.pt')['ema'].items():
         torch.testing.assert_close(average, ckpt['ema'][name], rtol=1e-3, atol=1e-4)
-    # The checkout itself, to which the average is a model like any other.
+    # The unchanged checkout reads the average like any other model.
     seen = []
     for name, weights in ('raw', ckpt['model']), ('average', ckpt['ema']):
         (tmp_path / name).mkdir()
@@ -232,7 +232,7 @@ def test_a_second_source_has_its_share_of_every_step(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'A second source of data')
     other = write_data_set(tmp_path / 'other')
     ids = torch.randint(31, (4000,), generator=torch.Generator().manual_seed(0)).numpy()
-    ids.astype('<u2').tofile(other / 'train.bin')  # 3.4 nats a token at best
+    ids.astype('<u2').tofile(other / 'train.bin')  # at best ln 31 = 3.4 nats per token
     second = f'--dataset_2={other}'
     check_exact(*all_ways(repo, data_set, tmp_path, second, '--share_2=0.5'))
     assert trains(repo, data_set, second, '--share_2=0', '--out_dir=none').code == 0
@@ -240,7 +240,7 @@ def test_a_second_source_has_its_share_of_every_step(tmp_path, data_set):
     assert losses_of(repo / 'none') == losses_of(tmp_path / 'plain')
     assert trains(repo, data_set, second, '--share_2=1', '--out_dir=all').code == 0
     noise, plain = (evaluations_of(repo / name)[-1]['val_loss'] for name in ('all', 'none'))
-    assert noise > plain + 0.3  # the second source says nothing about the first
+    assert noise > plain + 0.3  # the second source carries no information about the first
     chars = write_data_set(tmp_path / 'gpt2', meta=False)
     refused = trains(repo, data_set, f'--dataset_2={chars}', '--out_dir=no')
     assert refused.code == 1 and 'expected the tokenizer of' in refused.err
@@ -256,7 +256,7 @@ def test_sharded_processes_train_resume_and_leave_one_ordinary_checkpoint(tmp_pa
     succeed([*start_ranks(2, train, *options, f'--out_dir={tmp_path}/whole', '--max_iters=20'),
              *start_ranks(2, train, *options, f'--out_dir={tmp_path}/cut', '--max_iters=20')])
     check_exact(tmp_path / 'whole', tmp_path / 'cut', tmp_path / 'one')
-    # Another number of processes goes on, here the checkout's one.
+    # Another number of processes can resume it, here a single one of the checkout.
     [more] = succeed([start(ROOT / 'train.py', *options, f'--out_dir={tmp_path}/cut',
                             '--max_iters=22')])
     assert 'steps 20 to 22' in more.out

@@ -1,6 +1,6 @@
-"""What only a GPU can show, and what a CPU can show of it: python -m pytest tests/test_cuda.py
+"""What needs a GPU, and what a CPU can check of it: python -m pytest tests/test_cuda.py
 
-It needs torch, numpy and pytest, no other package, no network, no data.
+Needs torch, numpy and pytest; no other package, no network, no data.
 """
 import contextlib
 import warnings
@@ -33,12 +33,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CU
 needs_hooks = pytest.mark.skipif(TORCH < (2, 1), reason='no hook for all optimizers')
 optimizers = pytest.mark.parametrize('optimizer', ['adamw', pytest.param('muon', marks=has_muon)])
 ADVICE = ('A step may wait for the GPU once, in the transfer of `numbers`: every .item(), float(), '
-          '.cpu() or "if" of a tensor is one more wait. Put what you want to log into `numbers`.')
+          '.cpu() or "if" on a tensor adds one. Put what you want to log into `numbers`.')
 
 
 def counted_by_step(count, *options):
-    """Train in this process, and return by how much count() has grown from each step to the next,
-    evaluations aside."""
+    """Train in this process, and return by how much count() grew from each step to the next,
+    evaluations excluded."""
     counts = []
 
     def note(optimizer):
@@ -54,7 +54,7 @@ def counted_by_step(count, *options):
 @needs_hooks
 @optimizers
 def test_a_step_reads_the_device_once(optimizer, data_set, tmp_path):
-    """As far as a CPU shows."""
+    """As far as a CPU can show."""
     with DeviceWatch() as watch:
         reads = counted_by_step(lambda: watch.reads, '--max_iters=5', f'--dataset={data_set}',
                                 f'--out_dir={tmp_path}', f'--optimizer={optimizer}')
@@ -128,11 +128,11 @@ def test_the_memory_of_gpt2_on_a_gpu_follows_the_formula(compiled, tmp_path):
 
 
 class LiveBytes(TorchDispatchMode):
-    """In this context, `peak`: the most bytes that the tensors made in it have held at once."""
+    """`peak` is the most bytes that the tensors created in this context have held at once."""
 
     def __init__(self):
         super().__init__()
-        self.live = {}  # {of a storage: its bytes}
+        self.live = {}  # {storage: its bytes}
         self.peak = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -149,7 +149,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def without_kernels(fake, live):
-    """In this context, compiled code makes its tensors in these two and has no own kernels."""
+    """In this context, compiled code allocates under these two modes and runs no kernels."""
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
 
@@ -165,12 +165,12 @@ def without_kernels(fake, live):
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(TORCH < (2, 9), reason='older ones name things differently')
+@pytest.mark.skipif(TORCH < (2, 9), reason='older versions use other internal names')
 @pytest.mark.parametrize('sequences', [6, 12, 24])
 @pytest.mark.parametrize(('compiled', 'n_layer'), [
     (False, 12), (True, 2), pytest.param(True, 12, marks=pytest.mark.long)])
 def test_the_memory_of_gpt2_follows_the_formula(compiled, n_layer, sequences):
-    """As far as a CPU shows: on fake tensors, which have shapes but no memory."""
+    """As far as a CPU can show: with fake tensors, which have shapes but no memory."""
     fake = FakeTensorMode()
     live = LiveBytes()
     with fake, live:
@@ -185,7 +185,7 @@ def test_the_memory_of_gpt2_follows_the_formula(compiled, n_layer, sequences):
             contexts.enter_context(fake)
             contexts.enter_context(live)
             forward = model
-        for _ in range(2):  # micro-steps: the gradients of the first are there in the second
+        for _ in range(2):  # micro-steps: in the second, the gradients of the first are live
             with torch.autocast('cpu', torch.bfloat16):
                 _, loss = forward(rows[:, :-1], rows[:, 1:])
             loss.backward()

@@ -1,4 +1,4 @@
-"""distributed.py: who a process is, what all get from rank 0, when to stop, who counts as lost."""
+"""distributed.py: ranks from the environment, sharing rank 0's state, stop requests, lost peers."""
 import os
 import signal
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from support.errors import UserError
 
 @pytest.fixture
 def environ(monkeypatch):
-    """A function that makes these the only variables that say who a process is."""
+    """A function that sets these, and only these, of the variables that identify a process."""
     def make(**variables):
         for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
             monkeypatch.delenv(name, raising=False)
@@ -55,7 +55,7 @@ STATE = {
 
 
 def share_one_state(rank, port, path):
-    """What each of two processes gets from rank 0, as text; and its copy of rank 0's weights."""
+    """Save what one of two processes gets from rank 0, and its copy of rank 0's weights."""
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     rendezvous.join('gloo', {}, 60)
     got = distributed.share(STATE if rank == 0 else {}, torch.device('cpu'))
@@ -78,7 +78,7 @@ def test_all_processes_get_rank_0s_state_and_weights_to_the_bit(tmp_path):
     torch.manual_seed(0)
     expected = [STATE, dict(torch.nn.Linear(3, 2).state_dict())]
     for state, weights in first, second:
-        assert repr(state) == repr(STATE)  # keys, kinds, order, shapes and dtypes
+        assert repr(state) == repr(STATE)  # keys, types, order, shapes and dtypes
         assert differences([state, dict(weights)], expected) == []
 
 
@@ -112,8 +112,8 @@ def test_only_a_lost_process_is_taken_for_one(text, lost, environ, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A StopRequest with the exit codes with which it would have ended this process in `ends`, and
-    a function that sends a signal at a time in seconds."""
+    """A StopRequest, the exit codes with which it would have ended this process (`ends`), and a
+    function that sends a signal at a given time in seconds."""
     handlers, ends = {}, []
     monkeypatch.setattr(signal, 'signal', handlers.__setitem__)
     monkeypatch.setattr(distributed, 'leave', ends.append)
@@ -143,7 +143,7 @@ def test_in_the_loop_a_signal_is_noted_and_sigterm_wins(asked):
 def test_a_second_ctrl_c_ends_at_once(asked):
     asked.stop.armed = True
     asked.send(signal.SIGINT, 10)
-    asked.send(signal.SIGINT, 10.5)  # torchrun in a terminal passes it on: this is still the first
+    asked.send(signal.SIGINT, 10.5)  # torchrun in a terminal forwards it: this is still the first
     assert asked.ends == []
     asked.send(signal.SIGINT, 11.6)
     assert asked.ends == [130]

@@ -1,4 +1,4 @@
-"""What leaves this repository works in other programs, and what they write works here."""
+"""Exported models work in other programs, and models that those write work here."""
 import json
 import math
 import os
@@ -24,7 +24,7 @@ GREEDY = {'do_sample': False, 'max_new_tokens': 20, 'min_new_tokens': 20}
 
 @pytest.fixture(scope='module')
 def exported(tmp_path_factory):
-    """(gpt, hf): a GPT with a padded vocabulary, its text varied, and its export."""
+    """(gpt, hf): a GPT with a padded vocabulary that generates varied text, and its export."""
     base = tmp_path_factory.mktemp('exported')
     torch.manual_seed(0)
     gpt = randomize(GPT(GPTConfig(block_size=T, vocab_size=50304, n_layer=2, n_head=4, n_embd=48,
@@ -35,13 +35,13 @@ def exported(tmp_path_factory):
 
 
 def greedy_ids(gpt, prompt, n=20):
-    """The prompt's ids, and those of the n tokens after it."""
+    """The ids of the prompt, and of the n tokens generated after it."""
     ids = tokens.gpt2_encoding().encode(prompt)
     told = gpt.generate(torch.tensor([ids]), n, temperature=0, vocab_size=50257)
     with torch.no_grad():
         first, second = gpt(told)[0][0, len(ids) - 1:-1, :50257].topk(2).values.T
     told = told[0, len(ids):].tolist()
-    # One token again and again, or two that are as likely, would be no evidence.
+    # A single repeated token, or a near tie between two, would prove nothing.
     assert len(set(told)) > 5 and (first - second).min() > 1e-3
     return ids, told
 
@@ -49,7 +49,7 @@ def greedy_ids(gpt, prompt, n=20):
 # ---------------------------------------------------------------------------------- CTranslate2
 
 def converted(hf, folder, **options):
-    """The generator of the export in CTranslate2's format."""
+    """A CTranslate2 generator with the export."""
     ct2 = pytest.importorskip('ctranslate2')
     ct2.converters.TransformersConverter(str(hf)).convert(str(folder), **options)
     return ct2.Generator(str(folder), device='cpu', intra_threads=1)
@@ -68,7 +68,7 @@ def test_ctranslate2_generates_the_same(quantization, least, most, exported, tmp
         with torch.no_grad():
             expected = gpt(torch.tensor([ids]))[0][0, :, :50257]
         assert least <= (logits - expected).norm() / expected.norm() < most
-        if quantization == 'int8':  # two close tokens can change places
+        if quantization == 'int8':  # two close tokens can swap ranks
             continue
         [result] = generator.generate_batch(
             [pieces], max_length=20, min_length=20, sampling_topk=1, include_prompt_in_result=False)
@@ -97,7 +97,7 @@ def test_padded_prompts_generate_what_each_does_alone(exported):
     assert told.tolist() == [greedy_ids(gpt, prompt)[1] for prompt in PROMPTS]
 
 
-# Options of runs on one row of the data: each draw is that row.
+# Options of runs on a data set of one row: every draw is that row.
 CPU = ('--device=cpu', '--dtype=float32')
 ONE_ROW = (*CPU, f'--block_size={T}', '--batch_size=1', '--gradient_accumulation_steps=1',
            '--eval_iters=1', '--warmup_iters=0')
@@ -111,7 +111,7 @@ def write_rows(folder, ids):
 
 
 def tune(model, folder):
-    """Two steps of transformers' Trainer, which leave checkpoint-2 in folder, and its model."""
+    """Take two steps with transformers' Trainer, save checkpoint-2 and `model`, return it."""
     ids = tokens.gpt2_encoding().encode(' '.join(PROMPTS * 9))
     rows = [{'input_ids': ids[i:i + T], 'labels': ids[i:i + T]} for i in range(4)]
     trainer = transformers.Trainer(model, transformers.TrainingArguments(
@@ -125,7 +125,7 @@ def tune(model, folder):
 @pytest.mark.parametrize('kind', ['checkpoint-2', 'model', 'lora'])
 def test_models_tuned_elsewhere_train_and_sample_here(kind, exported, tmp_path):
     gpt, hf = exported
-    pytest.importorskip('accelerate')  # Trainer's
+    pytest.importorskip('accelerate')  # needed by Trainer
     judge, folder = transformers.AutoModelForCausalLM.from_pretrained(hf), tmp_path / kind
     if kind == 'lora':
         peft = pytest.importorskip('peft')
@@ -135,14 +135,14 @@ def test_models_tuned_elsewhere_train_and_sample_here(kind, exported, tmp_path):
         judge.save_pretrained(folder)
     else:
         judge = tune(judge, tmp_path)
-    # The same text, greedily.
+    # The same greedy text.
     ids, before = greedy_ids(gpt, PROMPTS[0])
     tuned = judge.eval().generate(torch.tensor([ids]), **GREEDY)[0].tolist()
     assert tuned[len(ids):] != before
     said = run_here('sample.py', *CPU, f'--init_from={folder}', f'--start={PROMPTS[0]}',
                     '--temperature=0', '--max_new_tokens=20')
     assert said.out == tokens.gpt2_encoding().decode(tuned) + '\n---------------\n', said
-    # The same loss, of a shorter block; and two steps from there.
+    # The same loss with a shorter block; then two steps of training.
     row = tokens.gpt2_encoding().encode(' '.join(PROMPTS * 9))[:T // 2 + 1]
     with torch.no_grad():
         logits = judge(torch.tensor([row[:-1]])).logits[0]
@@ -187,7 +187,7 @@ def test_lm_eval_measures_what_eval_only_does(exported, tmp_path):
     encoding = tokens.gpt2_encoding()
     ids = encoding.encode(' '.join(PROMPTS * 9))[:T]
     text = encoding.decode(ids)
-    assert encoding.encode(text) == ids  # cut between two characters
+    assert encoding.encode(text) == ids  # cut at a character boundary
     (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
     page = (ROOT / 'docs/export.md').read_text(encoding='utf-8')
     (tmp_path / 'local_text.yaml').write_text(re.search('```yaml\n(.*?)```', page, re.DOTALL)[1])
@@ -198,7 +198,7 @@ def test_lm_eval_measures_what_eval_only_does(exported, tmp_path):
     assert done.code == 0, done.err
     [results] = tmp_path.glob('results/**/results*.json')
     theirs = json.loads(results.read_text())['results']['local_text']['bits_per_byte,none']
-    data = write_rows(tmp_path / 'data', [50256, *ids])  # lm-eval, too, starts with <|endoftext|>
+    data = write_rows(tmp_path / 'data', [50256, *ids])  # lm-eval also starts with <|endoftext|>
     said = run_here('train.py', *ONE_ROW, f'--init_from={hf}', f'--dataset={data}',
                     '--eval_only=True')
     ours = float(re.search(r'val loss ([\d.]+)', said.out)[1])

@@ -1,4 +1,4 @@
-"""Weights in and out, transformers being the judge: from_pretrained, save_pretrained, export.py."""
+"""Weights in and out, checked against transformers: from_pretrained, save_pretrained, export.py."""
 import dataclasses
 import json
 import os
@@ -37,7 +37,7 @@ def random_gpt(**config):
 
 
 def refused(*args):
-    """The one line that GPT.from_pretrained says."""
+    """The one-line error of GPT.from_pretrained."""
     with pytest.raises(UserError, match=r'expected|convert|HF_ENDPOINT|git lfs pull') as caught:
         GPT.from_pretrained(*args)
     assert '\n' not in str(caught.value)
@@ -55,7 +55,7 @@ def contents(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny model in a folder that transformers wrote."""
+    """A folder with a tiny model, written by transformers."""
     transformers_gpt2(**TINY).save_pretrained(tmp_path / 'hf')
     return tmp_path / 'hf'
 
@@ -63,7 +63,7 @@ def folder(tmp_path):
 # ------------------------------------------------------------------------------- weights in
 
 def judged_equal(gpt2, folder):
-    """Our reading of folder gives the logits and the greedy text of transformers' gpt2."""
+    """Load the folder; check that it has the logits and the greedy text of transformers' gpt2."""
     gpt = GPT.from_pretrained(folder).eval()
     V, T = gpt2.config.vocab_size, min(gpt2.config.n_positions // 2, 24)
     idx = torch.randint(V, (2, T))
@@ -92,7 +92,7 @@ def test_transformers_models_of_any_size_precision_and_shards_are_the_same_here(
 def test_old_and_new_names_of_tensors_are_read(folder):
     """OpenAI's own files have no prefix, no head, and the causal masks as tensors."""
     new = GPT.from_pretrained(folder)
-    tensors = load((folder / 'model.safetensors').read_bytes())  # load_file maps: no overwriting
+    tensors = load((folder / 'model.safetensors').read_bytes())  # load_file would map the file
     old = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
     old |= {'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.1.attn.masked_bias': torch.tensor(-1e4)}
     headed = {**tensors, 'lm_head.weight': tensors['transformer.wte.weight'].clone()}
@@ -105,7 +105,7 @@ def test_old_and_new_names_of_tensors_are_read(folder):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_a_head_that_is_not_the_embedding_is_refused(dtype, folder):
-    """Equal is meant in the precision of the file; dropped, it would be another model."""
+    """Compared in the precision of the file; without its head it would be another model."""
     path = folder / 'model.safetensors'
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     head = tensors['transformer.wte.weight'].clone()
@@ -207,26 +207,26 @@ def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(fold
 
 
 def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
-    """The hub is played by a function: nothing here goes out."""
+    """The hub is replaced by a function: no network access."""
     import huggingface_hub
     asked, expected = [], GPT.from_pretrained(folder, block_size=8)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download',
                         lambda *names: asked.append(names) or str(folder / names[1]))
     monkeypatch.chdir(tmp_path)
     for name in MODELS:
-        (tmp_path / name).mkdir()  # a folder of that name without a config.json is not meant
+        (tmp_path / name).mkdir()  # a folder of that name without a config.json is ignored
         assert same_weights(GPT.from_pretrained(name, block_size=8), expected)
     assert asked == [(f'openai-community/{name}', file) for name in MODELS
                      for file in ('config.json', 'model.safetensors')]
     shutil.copytree(folder, 'gpt2', dirs_exist_ok=True)
     assert f'gpt3: expected {", ".join(MODELS)}' in refused('gpt3')
-    # Out of reach: anything but a name and two files is an error of its own kind.
+    # Out of reach: the download fails, here with a TypeError.
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo_id: None)
-    assert same_weights(GPT.from_pretrained('gpt2', block_size=8), expected)  # there is a folder
+    assert same_weights(GPT.from_pretrained('gpt2', block_size=8), expected)  # the folder is used
     message = refused('gpt2-xl')
     assert 'gpt2-xl: could not be downloaded (TypeError)' in message and 'HF_ENDPOINT' in message
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ModuleNotFoundError):  # Python's own words name the package
+    with pytest.raises(ModuleNotFoundError):  # Python's own message names the package
         GPT.from_pretrained('gpt2-xl')
 
 
@@ -234,7 +234,7 @@ def test_openais_models_come_from_the_hub(folder, tmp_path, monkeypatch):
 def test_loading_takes_less_than_one_and_a_half_times_the_weights(tmp_path):
     random_gpt().save_pretrained(tmp_path / 'tiny')
     random_gpt(vocab_size=20000, n_layer=4, n_embd=768).save_pretrained(tmp_path / 'large')
-    program = tmp_path / 'program.py'  # a process of its own: nothing was freed there before
+    program = tmp_path / 'program.py'  # in a fresh process: no freed memory to reuse
     program.write_text("""import re, sys
 from pathlib import Path
 from model import GPT
@@ -242,7 +242,7 @@ from model import GPT
 def memory(which):
     return int(re.search(rf'{which}:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])
 
-GPT.from_pretrained(sys.argv[1])  # whatever is imported and kept at the first time
+GPT.from_pretrained(sys.argv[1])  # so that imports and caches do not count
 before = memory('VmRSS')
 gpt = GPT.from_pretrained(sys.argv[2])
 print(1024 * (memory('VmHWM') - before) / (4 * gpt.num_params()))
@@ -268,12 +268,12 @@ def test_what_is_saved_is_gpt2_to_transformers_and_comes_back(bias, tmp_path):
         name for name, _ in judge.named_parameters()}  # the tied head once
     assert json.loads((new / 'config.json').read_text())['n_ctx'] == 16  # for llama.cpp
     again = GPT.from_pretrained(new).eval()
-    assert torch.equal(again(idx)[0], gpt(idx)[0])  # biases that it lacked are zeros
+    assert torch.equal(again(idx)[0], gpt(idx)[0])  # missing biases are zeros
     empty.mkdir()
     again.save_pretrained(empty)
     assert contents(empty) == contents(new)
     modes = {path.stat().st_mode & 0o777 for path in (*new.iterdir(), *empty.iterdir())}
-    assert len(modes) == 1  # safetensors' own would be for the owner alone
+    assert len(modes) == 1  # safetensors itself makes files that only the owner can read
 
 
 def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
@@ -294,7 +294,7 @@ def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
 @pytest.mark.parametrize(('change', 'said'), [
     (lambda gpt: gpt.transformer.pop('wpe'),  # positions in the attention instead
      r'transformer\.wpe\.weight is missing, but the format expects \(16, 16\)'),
-    (lambda gpt: gpt.register_buffer('angles', torch.ones(8), persistent=False),  # wpe left there
+    (lambda gpt: gpt.register_buffer('angles', torch.ones(8), persistent=False),  # wpe kept
      r'angles is \(8,\), but the format expects no such tensor'),
     (lambda gpt: setattr(gpt.transformer.h[1].mlp, 'c_gate', Linear(16, 64)),  # SwiGLU
      r'h\.1\.mlp\.c_gate\.weight is \(64, 16\), but the format expects no such tensor'),
@@ -321,7 +321,7 @@ def test_a_field_that_gpt2_lacks_is_exported_at_its_default_only(tmp_path, monke
         gpt.save_pretrained(tmp_path / 'hf')
     assert not any(tmp_path.iterdir())
     gpt.config.window = 0
-    gpt.config.dropout = 0.1  # for which the format has a place
+    gpt.config.dropout = 0.1  # the format has a field for it
     gpt.save_pretrained(tmp_path / 'hf')
     assert 'window' not in (tmp_path / 'hf/config.json').read_text()
 
@@ -329,7 +329,7 @@ def test_a_field_that_gpt2_lacks_is_exported_at_its_default_only(tmp_path, monke
 # ----------------------------------------------------------- export.py, in this process
 
 def export(*args, code=0):
-    """What export.py prints; with code=1 the one line that it ends with."""
+    """What export.py prints; with code=1 its one-line error."""
     done = run_here('export.py', *args)
     assert done.code == code, done
     line = re.sub('^GPT-2 tokenizer: .*\n', '', done.err)
@@ -357,7 +357,7 @@ def test_a_pipeline_needs_nothing_else(tmp_path):
     assert '50,257 to 50,303' in said and 'were left out' in said
     assert {'vocab.json', 'merges.txt', 'tokenizer_config.json'} <= contents(hf).keys()
     write = transformers.pipeline('text-generation', model=str(hf))
-    [result] = write('Hello world')  # no options: past block_size it would be an IndexError
+    [result] = write('Hello world')  # by default not past block_size, which would be an IndexError
     assert result['generated_text'].startswith('Hello world')
     assert write.model.config.vocab_size == 50257 and write.model.config.eos_token_id == 50256
 
@@ -398,7 +398,7 @@ def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, more
     ('--out_dir=nowhere', 'nowhere/ckpt.pt does not exist'), ('--checkpoint=best.pt', 'best.pt'),
     ('--dtype=int8', '--dtype=int8: expected float32 or'), ('--dtyp=float32', 'did you mean dtype'),
     *((f'--hf_dir={name}', f'{name} exists and is not empty: expected a new or an empty folder')
-      for name in ('ours', 'notes', 'file'))])  # somebody's model, notes and file
+      for name in ('ours', 'notes', 'file'))])  # an existing model, notes, and a file
 def test_mistakes_end_in_one_line_and_lose_nothing(option, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt()).save_pretrained('ours')
@@ -415,22 +415,22 @@ def test_a_full_disk_is_one_line_and_no_model(tmp_path):
     resource = pytest.importorskip('resource')
     gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)  # 3 MB
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (2_000_000, 500_000):  # too little for the weights, for the tokenizer
+    for size in (2_000_000, 500_000):  # too small for the weights; for the tokenizer
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}', code=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert f'{tmp_path / "hf"}: cannot be written' in said and 'too large' in said
-        assert [path.name for path in tmp_path.iterdir()] == ['out']  # nothing keeps it full
+        assert [path.name for path in tmp_path.iterdir()] == ['out']  # nothing is left on the disk
 
 
 def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, monkeypatch):
     gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
     options = f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}'
     with monkeypatch.context() as patch:
-        patch.setattr(Path, 'replace', Mock(side_effect=KeyboardInterrupt))  # all is written
-        patch.setattr(shutil, 'rmtree', Mock())  # a kill does not tidy up
+        patch.setattr(Path, 'replace', Mock(side_effect=KeyboardInterrupt))  # everything is written
+        patch.setattr(shutil, 'rmtree', Mock())  # a kill does not clean up
         with pytest.raises(KeyboardInterrupt):
             export(*options)
     [part] = tmp_path.glob('hf.*.tmp')

@@ -1,6 +1,6 @@
-"""Faults of the network, made for real in network namespaces of this test's own.
+"""Real network faults, produced in network namespaces that these tests create.
 
-Each host is a namespace with an address on one bridge, in a namespace that is the switch.
+Each host is a namespace with an address on one bridge, which lies in a namespace of its own.
 """
 import os
 import shutil
@@ -49,7 +49,7 @@ class Hosts:
         return self
 
     def start(self, number, rank, world_size, *options, script='train.py', address=f'{NETWORK}.1'):
-        """Rank `rank` on host `number`."""
+        """Start rank `rank` on host `number`."""
         env = {'MASTER_ADDR': address, 'MASTER_PORT': PORT, 'RANK': str(rank), 'LOCAL_RANK': '0',
                'WORLD_SIZE': str(world_size), 'GLOO_SOCKET_IFNAME': 'eth0',
                'PYTHONPATH': str(ROOT)}
@@ -57,15 +57,15 @@ class Hosts:
                        *options], env)
 
     def cut_off(self, number):
-        """As if the node had lost its power: nothing arrives, and nothing says so."""
+        """As if the node had lost power: nothing arrives, and no error is reported."""
         ip('-n', self.switch, 'link', 'set', f'port{number}', 'down')
 
     def plug_in(self, number):
         ip('-n', self.switch, 'link', 'set', f'port{number}', 'up')
 
     def cut(self, a, b, silently):
-        """Lose all packets between two hosts, but nobody else's. Not silently: `No route to host`,
-        since they do not even learn each other's hardware addresses."""
+        """Drop all packets between two hosts, and no others. If not silently, they see `No route to
+        host`, since they cannot learn each other's hardware addresses."""
         for here, there in (a, b), (b, a):
             if silently:
                 ip('-n', self.names[here], 'neigh', 'replace', f'{NETWORK}.{there}', 'lladdr',
@@ -81,7 +81,7 @@ class Hosts:
                 self.isolate(here, 'off')
 
     def isolate(self, number, on_or_off):
-        """The switch passes nothing between isolated ports."""
+        """The switch forwards nothing between isolated ports."""
         ip('-n', self.switch, 'link', 'set', f'port{number}', 'type', 'bridge_slave', 'isolated',
            on_or_off)
 
@@ -123,7 +123,7 @@ def hosts():
 @pytest.mark.parametrize('limit_s', [4, pytest.param(25, marks=pytest.mark.long)])
 def test_who_waits_for_a_first_that_has_vanished_asks_for_a_restart_and_then_trains(
         limit_s, hosts, data_set, tmp_path):
-    """The first is back at another address, behind the same name."""
+    """Rank 0 comes back at another address under the same name."""
     for number in 1, 2, 3:
         hosts.add(number)
     names = Path('/etc/netns', hosts.names[2], 'hosts')
@@ -134,13 +134,13 @@ def test_who_waits_for_a_first_that_has_vanished_asks_for_a_restart_and_then_tra
             rendezvous.STORE_LIMIT_S = {limit_s}
             rendezvous.REPORT_EVERY_S = 1""")
         options = (*RUN, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
-        first = hosts.start(1, 0, 3, *options)  # the third of them never comes
+        first = hosts.start(1, 0, 3, *options)  # the third rank never arrives
         second = hosts.start(2, 1, 3, *options, script=script, address='first')
         second.until(lambda script: 'until rank 0 has heard from all' in script.out)
         hosts.cut_off(1)
         cut_at = time.monotonic()
         assert second.wait(60).code == 138
-        assert time.monotonic() - cut_at < limit_s + 15  # waiting, and a busy machine
+        assert time.monotonic() - cut_at < limit_s + 15  # with slack for a busy machine
         assert 'no answer' in second.err
         first.send(signal.SIGKILL)
         names.write_text(f'127.0.0.1 localhost\n{NETWORK}.3 first\n')
@@ -160,7 +160,7 @@ def test_a_cut_between_two_of_four_costs_no_restart(silently, hosts, data_set, t
     hosts.cut(2, 3, silently)
     options = (*RUN, f'--dataset={data_set}', f'--out_dir={tmp_path}/out', '--dist_timeout=20')
     scripts = [hosts.start(rank + 1, rank, 4, *options) for rank in range(4)]
-    time.sleep(20)  # several tries fail meanwhile
+    time.sleep(20)  # several attempts fail meanwhile
     assert [script.code for script in scripts] == [None] * 4, [script.err for script in scripts]
     assert steps_of_or_none(tmp_path / 'out') == []
     hosts.heal(2, 3, silently)
@@ -178,7 +178,7 @@ def steps_of_or_none(out_dir):
 @pytest.mark.long
 def test_a_node_of_a_torchrun_job_that_was_cut_off_for_more_than_a_minute_is_back_after_it(
         hosts, data_set, tmp_path):
-    """With torch's own 60 s the rendezvous is closed for good, and each restart of a pod fails."""
+    """With torch's default of 60 s the rendezvous closes for good, and every pod restart fails."""
     for number in 1, 2:
         hosts.add(number)
     job = yaml.safe_load((ROOT / 'job_torchrun.yaml').read_text(encoding='utf-8'))

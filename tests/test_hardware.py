@@ -1,4 +1,4 @@
-"""hardware.py, on machines that this one is not: torch.cuda says what the test wants."""
+"""hardware.py on simulated machines: torch.cuda reports what the test sets."""
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from support.hardware import peak_flops, resolve_device, resolve_dtype
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that makes this a machine with these GPUs, an Apple GPU, these CPU flags."""
+    """A function that simulates a machine with these GPUs, an Apple GPU, these CPU flags."""
     def make(names=(), capability=(8, 0), mps=False, cpu_flags=''):
         chosen = []
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: len(names) > 0)
@@ -31,7 +31,7 @@ UNKNOWN = 'gpu', 'cuda:x', 'cuda:-1', 'cuda:²', 'cpu:0', 'cuda:0:1', 'CUDA', ':
 
 
 @pytest.mark.parametrize(('has', 'asked', 'local_rank', 'device'), [
-    (TWO, 'auto', 0, 'cuda:0'), (TWO, 'auto', 1, 'cuda:1'),  # each process its own
+    (TWO, 'auto', 0, 'cuda:0'), (TWO, 'auto', 1, 'cuda:1'),  # one per process
     (APPLE, 'auto', 3, 'mps'), (NONE, 'auto', 3, 'cpu'), (TWO, 'cpu', 0, 'cpu'),
     (TWO, 'mps', 0, 'mps'), (TWO, 'cuda', 0, 'cuda:0'), (TWO, 'cuda', 1, 'cuda:1'),
     (TWO, 'cuda:1', 0, 'cuda:1'), (TWO, 'cuda:0', 1, 'cuda:0'), (TWO, 'cuda:', 0, 'cuda:0')])
@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_refused(has, asked, local_rank, says, mac
     *(('cuda:0', {'names': ['a GPU'], 'capability': c}, 'bfloat16') for c in [(8, 0), (10, 0)]),
     *(('cpu', {'cpu_flags': f}, 'bfloat16') for f in ['avx512_bf16', 'amx_tile amx_bf16']),
     *(('cpu', {'cpu_flags': f}, 'float32') for f in ['avx2', 'no_avx512_bf16', 'amx_bf16x']),
-    ('cpu', {'cpu_flags': None}, 'float32'),  # no Linux
+    ('cpu', {'cpu_flags': None}, 'float32'),  # not Linux
     ('mps', {'cpu_flags': 'avx512_bf16', 'mps': True}, 'float32')])
 def test_auto_computes_in_bfloat16_where_the_hardware_has_it(device, has, dtype, machine):
     machine(**has)
@@ -77,7 +77,7 @@ def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
 @pytest.mark.parametrize(('name', 'flops'), [
     ('Tesla V100-SXM2-32GB', 125e12), ('Tesla V100-PCIE-16GB', 112e12),
     ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A800 80GB PCIe', 312e12),
-    ('A100-PCIE-40GB', 312e12),  # by an old driver
+    ('A100-PCIE-40GB', 312e12),  # the name by an old driver
     ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H800', 989e12), ('NVIDIA H100 PCIe', 756e12),
     ('NVIDIA H200', 989e12), ('NVIDIA H200 NVL', 835e12), ('NVIDIA B200', 2250e12),
     ('NVIDIA A10', 125e12), ('NVIDIA A30', 165e12), ('NVIDIA A40', 149.7e12), ('NVIDIA L4', 121e12),
@@ -85,7 +85,7 @@ def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
     ('NVIDIA RTX 6000 Ada Generation', 364e12), ('NVIDIA GeForce RTX 3090', 71e12),
     ('NVIDIA GeForce RTX 3090 Ti', 80e12), ('NVIDIA GeForce RTX 4090', 165e12),
     ('NVIDIA GeForce RTX 5090', 209.5e12),
-    # No data sheet with dense bfloat16 at hand, or not the whole GPU.
+    # No data sheet with dense bfloat16, or only part of a GPU.
     ('NVIDIA GeForce RTX 4090 D', 0), ('NVIDIA GeForce RTX 4090 Laptop GPU', 0), ('NVIDIA H20', 0),
     ('NVIDIA A10G', 0), ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', 0),
     ('NVIDIA H100 80GB HBM3 MIG 3g.40gb', 0), ('NVIDIA GeForce RTX 2080 Ti', 0)])

@@ -1,4 +1,4 @@
-"""The order of the house: who may import whom. A new file in support/ needs no entry here."""
+"""Which module may import which. A new file in support/ needs no entry here."""
 import ast
 import graphlib
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# What these modules may import of ours; support.errors and support.compat serve all others.
+# Which of our modules these may import. All other modules may import any.
 BASE = {'support.errors', 'support.compat'}
 MAY_IMPORT = {
     'support.errors': set(),
@@ -17,7 +17,7 @@ MAY_IMPORT = {
     'support.tokenizer_json': {*BASE, 'support.huggingface'},
     'support.tokens': {*BASE, 'support.huggingface', 'support.tokenizer_json'},
     'support.hardware': BASE,
-    'model': {'support.errors', 'support.huggingface'},  # the latter inside its methods
+    'model': {'support.errors', 'support.huggingface'},  # the latter only in its methods
     'support.corpus': {*BASE, 'support.threads', 'support.tokens'},
     'prepare': {*BASE, 'configurator', 'support.corpus', 'support.tokens'},
 }
@@ -57,7 +57,7 @@ def imports_of(node):
 @pytest.mark.parametrize('script', sorted(SCRIPTS))
 def test_a_script_sets_its_threads_before_all_else(script):
     _, first, *_ = parsed(ROOT / f'{script}.py').body  # after the docstring
-    assert imports_of(first) == {'support.threads'}, 'torch reads it when imported'
+    assert imports_of(first) == {'support.threads'}, 'import it first: torch reads what it sets'
 
 
 def parsed(path):
@@ -76,7 +76,7 @@ def test_a_file_imports_only_what_it_may(path):
         assert name not in SCRIPTS, (
             f'{module} imports {name}.py: move what both need into a module in support/')
         assert not is_ours(name) or name in allowed, (
-            f'{module} imports {name}: if that is meant, add it to MAY_IMPORT in '
+            f'{module} imports {name}: if that is intended, add it to MAY_IMPORT in '
             'tests/test_house.py')
         assert not name.startswith('transformers'), (
             f'{module} imports {name}, which is not in requirements.txt: use support.huggingface')
@@ -90,11 +90,11 @@ def test_imports_have_no_circle():
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         circle = ' -> '.join(reversed(error.args[1]))
-        pytest.fail(f'{circle}: move what two of them need into a module of its own in support/')
+        pytest.fail(f'{circle}: move what two of them need into a separate module in support/')
 
 
 def test_the_model_needs_torch_alone():
-    """So that it can be copied and read alone. Hugging Face's format is imported where used."""
+    """So that it can be read and copied alone. Hugging Face's format is imported where needed."""
     tree = parsed(ROOT / 'model.py')
     for name in imports_of(tree):
         assert is_ours(name) or name.split('.')[0] in {'torch', *sys.stdlib_module_names}, (

@@ -1,4 +1,4 @@
-"""The job manifests on a stand-in for the controller: they train, survive faults, change size."""
+"""The job manifests on a stand-in for the controller: they train, survive faults and scale."""
 import json
 import random
 import re
@@ -95,7 +95,7 @@ def test_a_manifest_asks_for_what_its_processes_need(name):
     assert [needs['memory'], limits['memory']] == memory
     assert re.search(r':[\w-]*\d+\.\d+\.\d+', container['image'])
     assert ('1.13.1' in container['image']) == (name == 'job_torch1.yaml')
-    # ExitCode restarts neither 134, of NCCL's watchdog, nor 1, which is torchrun's for everything.
+    # ExitCode restarts neither on 134 (NCCL's watchdog) nor on 1 (torchrun, for any failure).
     assert replica['restartPolicy'] == 'OnFailure'
     assert spec['runPolicy']['backoffLimit'] == 3 * replica['replicas']
     pod, env = replica['template']['spec'], {e['name']: e['value'] for e in container['env']}
@@ -121,13 +121,13 @@ def test_a_manifest_asks_for_what_its_processes_need(name):
 # ------------------------------------------------------------------------- they train
 
 def job_of(folder, data_set, *options, job=None, **more):
-    """A small job of two replicas, or as many as `more` says; its run is in folder/out."""
+    """A small job, of two replicas unless `more` says otherwise, that writes to folder/out."""
     options = [*OPTIONS, f'--dataset={data_set}', f'--out_dir={folder / "out"}', *options]
     return Job(job or manifest('job.yaml'), folder, options, **more)
 
 
 def patched(job, folder, patches):
-    """The job with `patches` in its train.py."""
+    """The job with `patches` applied to its train.py."""
     container = container_of(job)
     words = container.get('args') or container['command']
     words[words.index('train.py')] = str(patched_train(folder, patches))
@@ -137,7 +137,7 @@ def patched(job, folder, patches):
 
 @pytest.fixture(scope='module')
 def undisturbed(data_set, tmp_path_factory):
-    """A function: the folder of a job of so many replicas that nothing happened to."""
+    """A function that returns the folder of an undisturbed job of that many replicas."""
     @cache
     def folder_of(replicas):
         folder = tmp_path_factory.mktemp('undisturbed')
@@ -148,7 +148,7 @@ def undisturbed(data_set, tmp_path_factory):
 
 
 def check_same_run(*folders):
-    """Bitwise the same checkpoints, and the same numbers in the logs, each told once."""
+    """The checkpoints are bitwise equal, and the logs have the same numbers, each once."""
     mine, calm = ({**load_checkpoint(folder / 'out/ckpt.pt'), 'config': '', 'log': [
         {k: v for k, v in e.items() if k not in TIMES} for e in log_of(folder / 'out')]}
         for folder in folders)
@@ -176,10 +176,10 @@ def test_other_users_may_read_what_a_job_writes_as_root(undisturbed):
     assert set(modes.values()) == {'0o644'}, modes
 
 
-# ------------------------------------------------- lost, preempted and mistaken workers
+# ------------------------------------------------- lost, preempted and misconfigured workers
 
 def last_entry(folder):
-    """The last line that log.jsonl has in full, {'iter': -1} before the first."""
+    """The last complete line of log.jsonl, {'iter': -1} before the first."""
     with suppress(FileNotFoundError, IndexError):
         return json.loads((folder / 'out/log.jsonl').read_text().split('\n')[-2])
     return {'iter': -1}
@@ -189,7 +189,7 @@ PHASES = 'start', 'step', 'evaluation', 'checkpoint'
 
 
 def moment(phase, rng, folder):
-    """A condition that becomes true at a random moment of that phase of a run, soon."""
+    """A condition that soon becomes true, at a random moment of that phase of a run."""
     start, step = time.monotonic() + rng.uniform(0, 2.5), rng.randint(1, STEPS // 2)
     step += max(0, last_entry(folder)['iter'])
     eval_step = (step + 9) // 10 * 10
@@ -214,27 +214,27 @@ def test_workers_lost_at_any_moment_are_made_good(replicas, losses, seed, tmp_pa
             job.run(moment(phase, rng, tmp_path))
             step, ended = last_entry(tmp_path)['iter'], len(job.ends)
             job.kill(replica)
-            met = phase != 'start' and step < STEPS  # perhaps not yet, or no longer
+            met = phase != 'start' and step < STEPS  # else perhaps not joined yet, or finished
             if met:
                 job.run(lambda ended=ended: len(job.ends) == ended + replicas)
-            if met and replica > 0:  # rank 0 lives: it saved its last finished step
+            if met and replica > 0:  # rank 0 survived: it saved its last finished step
                 assert (0, 138) in job.ends[ended:], job.logs()
                 saved = load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num']
                 assert saved == last_entry(tmp_path)['iter']
         assert job.run() == 'Succeeded', job.logs()
-        # No more is lost than since the last checkpoint.
+        # At most the steps since the last checkpoint are lost.
         assert not met or starts(job)[-1][1] >= (step - 1) // 5 * 5
     check_same_run(tmp_path, undisturbed(replicas))
 
 
-JOINING = '_the_roll', 'TCPStore', 'init_process_group', 'all_reduce'  # ends of names
+JOINING = '_the_roll', 'TCPStore', 'init_process_group', 'all_reduce'  # suffixes of their names
 
 
 @pytest.mark.parametrize(('function', 'victims', 'size'), [
     ('_the_roll', '01', 2),
     *long(*product(JOINING[1:], ['01'], [2]), *product(JOINING, ['2'], [4]))])
 def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, tmp_path, data_set):
-    """One after the other is killed when that function returns; of four, another at once."""
+    """Each victim in turn is killed when that function returns; of four, one more at once."""
     (died := tmp_path / 'died').touch()
     job = patched(manifest('job.yaml'), tmp_path, f"""
         def deadly(function):
@@ -264,7 +264,7 @@ def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, t
 @pytest.mark.parametrize(('replica', 'timeout_s'), [(1, 7), *long((1, 20), (0, 20))])
 def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
         replica, timeout_s, tmp_path, data_set, undisturbed):
-    """The timeouts are longer than that under which the processes were connected."""
+    """These timeouts are longer than the one under which the processes connected."""
     with job_of(tmp_path, data_set, f'--dist_timeout={timeout_s}') as job:
         job.run(lambda: last_entry(tmp_path)['iter'] >= 7)
         job.kill(replica, signal.SIGSTOP)
@@ -277,16 +277,16 @@ def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
 
 
 def preempt(job, folder, until, code=143, replicas=(0, 1)):
-    """SIGTERM at that moment, to all pods or to these: all end so, and rank 0 saved its step."""
+    """SIGTERM at that moment, to these pods: all exit with `code`, and rank 0 saved its step."""
     assert job.run(until, limit_s=180) == 'Running', job.logs()
     codes = job.delete(replicas)
-    if code == 1:  # torchrun now and then aborts as it exits: "terminate called without an active
+    if code == 1:  # torchrun sometimes aborts on exit: "terminate called without an active
         codes = {i: 1 if code == 134 else code for i, code in codes.items()}  # exception"
     assert codes == {0: code, 1: code}, job.logs()
     assert load_checkpoint(folder / 'out/ckpt.pt')['iter_num'] == last_entry(folder)['iter']
 
 
-@pytest.mark.parametrize(('step', 'replicas'), [  # one that is told to stop is enough
+@pytest.mark.parametrize(('step', 'replicas'), [  # stopping one is enough
     (7, [1]), *long((1, [0, 1]), (9, [0, 1]), (10, [0]), (23, [0, 1]))])
 def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
         step, replicas, tmp_path, data_set, trained, undisturbed):
@@ -301,7 +301,7 @@ def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
 
 @pytest.mark.long
 def test_a_preempted_gpt2_saves_1_4_gb_within_the_grace_period(tmp_path):
-    tokens = write_data_set(tmp_path / 'tokens', meta=False)  # without it: GPT-2's 50,257
+    tokens = write_data_set(tmp_path / 'tokens', meta=False)  # without meta.json: GPT-2's
     with job_of(tmp_path, tokens, '--n_layer=12', '--n_head=12', '--n_embd=768') as job:
         preempt(job, tmp_path, lambda: last_entry(tmp_path)['iter'] >= 2)
     assert (tmp_path / 'out/ckpt.pt').stat().st_size > 1.4e9
@@ -317,7 +317,7 @@ def test_a_mistake_ends_each_attempt_in_seconds_until_the_budget_is_used_up(
     job['spec']['replicaSpecs'][0]['restartPolicy'] = policy
     job['spec']['runPolicy']['backoffLimit'] = restarts or 24
     with job_of(tmp_path, data_set, option, job=job) as job:
-        # Far from the half hour for which processes wait for each other.
+        # Far less than the half hour for which processes wait for each other.
         assert job.run(limit_s=120 * (restarts + 1)) == 'Failed', job.logs()
         assert job.restarts == restarts and {code for _, code in job.ends} == {1}
         told = [line for i in (0, 1) for line in job.log(i).splitlines()]
@@ -328,12 +328,12 @@ def test_a_mistake_ends_each_attempt_in_seconds_until_the_budget_is_used_up(
 
 # ------------------------------------------------------------------------------ elasticity
 
-# Its steps stop moving the weights before rounding adds up.
+# The learning rate reaches 0 before rounding errors add up.
 ENDLESS = ('--dropout=0', '--max_iters=1000000', '--lr_decay_iters=200', '--min_lr=0')
 
 
 def shrink_and_grow(folder, data_set):
-    """A torchrun job loses its second node, gets another and is preempted: its starts."""
+    """The starts of a torchrun job that loses its second node, gets another and is preempted."""
     job = patched(manifest('job_torchrun.yaml', '2023-12'), folder, """
         import time
         sum_over_ranks = distributed.sum_over_ranks
@@ -353,14 +353,14 @@ def shrink_and_grow(folder, data_set):
         job.remove(1)
         job.run(lambda: trains_with(1), limit_s=120)
         job.start(1)
-        preempt(job, folder, lambda: trains_with(2), code=1)  # torchrun's own code, always
+        preempt(job, folder, lambda: trains_with(2), code=1)  # torchrun's own code for any failure
         assert job.restarts == 0, job.logs()
         return starts(job)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def elastic(request, data_set, tmp_path_factory):
-    """(folder, future) of that job, which runs beside the other tests: mostly torchrun waits."""
+    """(folder, future) of that job, run alongside the other tests: torchrun mostly waits."""
     folder = tmp_path_factory.mktemp('elastic')
     with ThreadPoolExecutor(1) as thread:
         wanted = any('shrinks_and_grows' in item.name for item in request.session.items)

@@ -1,4 +1,4 @@
-"""metrics.py: log.jsonl and TensorBoard tell each step once; a person sees a bar or lines."""
+"""metrics.py: log.jsonl and TensorBoard have each step once; a terminal shows a bar or lines."""
 import fcntl
 import math
 import os
@@ -24,7 +24,7 @@ from support.owner import Owner
 
 EVALUATION = {'train_loss': 3.0, 'val_loss': 3.5, 'eval_s': 0.25}
 WHOLE = [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),
-         (5, False), (6, False), (6, True)]  # what `told` returns of a run of 6 steps
+         (5, False), (6, False), (6, True)]  # what `told` returns for a run of 6 steps
 
 
 def make(out_dir, iter_num=0, evaluated=False, peak_tok_per_sec=0.0, **config):
@@ -41,7 +41,7 @@ def numbers(i):
 
 
 def write_run(out_dir, last, start=0, evaluated=False):
-    """What a run tells that evaluates every second step: from `start` to step `last`."""
+    """Log a run that evaluates every second step, from step `start` to step `last`."""
     log = make(out_dir, start, evaluated)
     for i in range(start, last + 1):
         if i > start:
@@ -58,9 +58,9 @@ def told(out_dir):
 
 @pytest.mark.parametrize(('last', 'step', 'evaluated'), [
     *[(step + lead, step, step % 2 == 0) for step in range(7) for lead in range(4)],
-    (4, 4, False)])  # killed after the evaluation's line, before its checkpoint: it is made again
+    (4, 4, False)])  # killed between the evaluation's line and its checkpoint: evaluated again
 def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back_to_it(last, step, evaluated, tmp_path):
-    """A checkpoint at `step` holds its evaluation if one was due."""
+    """A checkpoint at `step` includes its evaluation if one was due."""
     write_run(tmp_path, last)
     write_run(tmp_path, 6, step, evaluated)
     assert told(tmp_path) == WHOLE
@@ -71,7 +71,7 @@ def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back_to_it(last, step, ev
                                     b'7', b'[]', b'{"loss": 1}', b'{"iter": 1e999}',
                                     b'{"iter": 1, "loss": "1"}'])
 def test_a_damaged_line_costs_no_other(damage, lost, tmp_path):
-    """A kill leaves half a line at the end, a crash of the node anything: the run resumes."""
+    """A kill can leave a partial last line, a node crash anything: the run still resumes."""
     write_run(tmp_path, last=5)
     path = tmp_path / 'log.jsonl'
     lines = path.read_bytes().splitlines(keepends=True)
@@ -109,7 +109,7 @@ def test_tensorboard_tells_each_step_once_after_a_cut_and_can_be_missing(board, 
 
 
 def test_a_number_of_ones_own_is_the_mean_since_the_line_before(tmp_path):
-    """Also one that only some steps have; loss and gradient norm are those of the line's step."""
+    """Even one that only some steps have; loss and gradient norm are those of the line's step."""
     log = make(tmp_path, log_interval=5)
     for i in range(1, 11):
         own = {'z_loss': i / 2, **({'rare': 7.0 + i} if i in (3, 4) else {})}
@@ -149,7 +149,7 @@ def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypat
         write_run(tmp_path, last=6)
         monkeypatch.undo()
     shown = b''
-    with suppress(OSError):  # of a terminal without another end
+    with suppress(OSError):  # the other end is closed
         while True:
             shown += os.read(terminal, 2**16)
     os.close(terminal)
@@ -158,10 +158,10 @@ def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypat
     assert lines.count('val loss 3.5000') == 4 and 'step 6 | loss' not in lines
 
 
-# --------------------------------------------------------------- recorders that fail, and long logs
+# --------------------------------------------------------------- writers that fail, and long logs
 
 def test_a_board_that_cannot_be_imported_is_turned_off_in_one_line(tmp_path, monkeypatch, capsys):
-    """As tensorboard 2.9 with a protobuf that does not fit to it."""
+    """Such as tensorboard 2.9 with an incompatible protobuf."""
     pytest.importorskip('tensorboard')
     broken = mock.Mock(side_effect=TypeError('Descriptors cannot be created directly.'))
     monkeypatch.setattr(metrics, 'Board', broken)
@@ -215,13 +215,13 @@ def test_a_restart_with_200_000_lines_costs_at_most_5_cpu_seconds(tmp_path):
     assert len(log_of(tmp_path)) == 200_000
 
 
-# ------------------------------------------------------------------------- output nobody can read
+# ------------------------------------------------------------------ output that cannot be written
 
 OPTIONS = (*TINY, '--max_iters=30')
 
 
 def train_with(output, data_set, out_dir, *words):
-    """The exit code of a run whose output goes to a shell's redirection, and its last step."""
+    """(exit code, last step, stderr) of a run with this redirection of the shell."""
     command = ' '.join([*words, sys.executable, str(ROOT / 'train.py'), *OPTIONS,
                         f'--dataset={data_set}', f'--out_dir={out_dir}', output])
     done = subprocess.run(['bash', '-c', f'set -o pipefail; {command}'], timeout=240,
@@ -243,7 +243,7 @@ def test_a_terminal_that_is_closed_stops_a_run_like_sigterm_and_nohup_keeps_it(
             f'--dataset={data_set}', f'--out_dir={out_dir}']
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which these tests may be run without
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run with it ignored
         os.chdir(tmp_path)
         os.execvp(argv[0], argv)
     script = SimpleNamespace(end=time.monotonic() + 240, code=None)

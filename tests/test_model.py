@@ -24,13 +24,13 @@ def one_thread():
 
 @pytest.fixture
 def plain_attention(monkeypatch):
-    """torch's fused attention has no second derivative, no vmap and no count of its FLOPs."""
+    """torch's fused attention has no second derivative, no vmap and no FLOP count."""
     monkeypatch.delattr(F, 'scaled_dot_product_attention', raising=False)
 
 
 @torch.no_grad()
 def randomize(model, std):
-    """Random weights, biases and norms included, so that none can be forgotten unnoticed."""
+    """Random weights, biases and norms included, so that forgetting one is noticed."""
     for name, p in model.named_parameters():
         p.normal_(1.0 if '.ln_' in name and name.endswith('weight') else 0.0, std)
     return model.eval()
@@ -41,7 +41,7 @@ def random_gpt(std=0.1, kind=GPT, **config):
 
 
 def assert_close(a, b, what, rtol=1e-4):
-    """Equal to rtol of the largest value: single zeros among large numbers say nothing."""
+    """Equal to rtol of the largest value: relative errors of single near-zeros mean nothing."""
     error, size = (a - b).abs().max().item(), b.abs().max().item()
     assert error <= rtol * size, f'{what}: {error} of {size}'
 
@@ -64,7 +64,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(shape, bias, tmp_path
                   for name, p in twin.named_parameters()}
     for name, p in gpt.named_parameters():
         assert_close(p.grad, twin_grads.pop(name), name)
-    assert len(twin_grads) == (0 if bias else gpt.config.n_layer * 6 + 1)  # only missing biases
+    assert len(twin_grads) == (0 if bias else gpt.config.n_layer * 6 + 1)  # only the missing biases
 
 
 # ------------------------------------------------------------------------------- loss
@@ -91,7 +91,7 @@ def test_the_loss_is_computed_in_float32_also_for_weights_in_bfloat16():
 
 
 def test_gradients_can_be_differentiated_again(plain_attention):
-    """As a gradient penalty needs it."""
+    """As a gradient penalty requires."""
     gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 2, 12))
     params, results = list(gpt.parameters()), []
     for loss in gpt(idx, targets)[1], loss_per_token(gpt(idx)[0], targets).mean():
@@ -176,19 +176,19 @@ def test_dropout_acts_on_the_weights_of_attention_in_training_alone(fused, monke
         monkeypatch.delattr(F, 'scaled_dot_product_attention', raising=False)
     attn = random_gpt(dropout=0.3).transformer.h[0].attn
     attn.resid_dropout.p = 0.0
-    with torch.no_grad():  # queries and keys are 0, values 1; what is attended to is passed on
+    with torch.no_grad():  # queries and keys are 0, values 1; the projection is the identity
         attn.c_attn.weight.zero_()
         attn.c_attn.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(24))
         attn.c_proj.weight.copy_(torch.eye(24))
         attn.c_proj.bias.zero_()
     x = torch.randn(2000, 12, 24)
     y = attn.train()(x)
-    assert share_of_zeros(y[:, 0]) == pytest.approx(0.3, abs=0.03)  # it sees itself alone
+    assert share_of_zeros(y[:, 0]) == pytest.approx(0.3, abs=0.03)  # attends only to itself
     assert y.mean().item() == pytest.approx(1, abs=0.03)
     assert_close(attn.eval()(x), torch.ones_like(x), 'evaluation')
 
 
-# ------------------------------------------------------------------------------- who sees whom
+# ------------------------------------------------------------------------------- what a token sees
 
 def test_a_row_of_a_batch_does_not_depend_on_the_others():
     gpt, idx = random_gpt(), torch.randint(61, (4, 12))
@@ -204,12 +204,12 @@ def test_a_token_never_sees_the_future():
     changed = (idx + torch.eye(12, dtype=torch.long)) % 61  # row t at position t
     moved = (gpt(changed)[0] - gpt(idx)[0]).abs().amax(-1)
     assert moved.tril(-1).eq(0).all()
-    assert moved[torch.ones(12, 12).triu() == 1].min() > 1e-4  # all later ones do see
+    assert moved[torch.ones(12, 12).triu() == 1].min() > 1e-4  # all later ones change
 
 
 # ------------------------------------------------------------------------------- size, init
 
-@pytest.mark.skipif(torch.__version__ < '2', reason='torch < 2.0 builds no model without memory')
+@pytest.mark.skipif(torch.__version__ < '2', reason='torch < 2.0 cannot build on meta')
 @pytest.mark.parametrize(('config', 'n_params', 'flops'), [
     ({}, 124_439_808, 855_166_464),  # gpt2, gpt2-xl, and gpt2 as train_gpt2.py trains it
     ({'n_layer': 48, 'n_head': 25, 'n_embd': 1600}, 1_557_611_200, 10_279_555_200),
@@ -228,7 +228,7 @@ def test_flops_are_those_that_pytorch_counts(plain_attention):
     idx = torch.randint(200, (2, 64))
     with FlopCounterMode(display=False) as counter:
         gpt(idx, idx)[1].backward()
-    # The formula also counts what norms and biases cost, as 2 multiplications a weight.
+    # The formula also counts norms and biases, as 2 multiplications per weight.
     assert counter.get_total_flops() / 128 == pytest.approx(gpt.train_flops_per_token(), rel=0.03)
 
 
@@ -248,7 +248,7 @@ def test_fresh_weights_have_gpt2s_spread():
 # ------------------------------------------------------------------------------- weights in
 
 class Changed(GPT):
-    """What a newcomer may do: a head of its own, a buffer."""
+    """Changes that a user might make: an untied head, a buffer."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -271,7 +271,7 @@ def test_weights_come_back_bit_for_bit_with_another_dropout_but_in_no_other_mode
 
 
 def test_weights_leave_the_dict_one_by_one_once_none_is_missing():
-    """So that the memory of a mapped file can go with them; masks of old files are no weights."""
+    """So that the memory of a mapped file is freed on the way; masks of old files stay."""
     gpt, tensors = random_gpt(), {**random_gpt().state_dict(), 'h.0.attn.bias': torch.ones(1)}
     del tensors['lm_head.weight']  # the same as wte's
     norm = tensors.pop('transformer.ln_f.bias')
@@ -292,7 +292,7 @@ def test_cached_sampling_equals_recomputation(B):
         lambda module, x, logits: heard.append(logits.view(B, -1, 61)[:, -1]))
     for T in [*range(1, 13), 20]:
         idx = torch.randint(61, (B, T))
-        told = gpt.generate(idx, 17, 0.0, 7, 0.9)  # by position; the likeliest, whatever is cut
+        told = gpt.generate(idx, 17, 0.0, 7, 0.9)  # positional; greedy, whatever is cut
         for _ in range(17):
             idx = torch.cat((idx, gpt(idx[:, -12:])[0][:, -1:].argmax(-1)), 1)
         assert torch.equal(told, idx), T
@@ -300,7 +300,7 @@ def test_cached_sampling_equals_recomputation(B):
         heard.clear()
         assert (cached - expected).abs().max() < 1e-4 < 1 < expected.std(), T
         different |= set(told[:, T:].flatten().tolist())
-    assert len(different) > 10  # not one token for ever
+    assert len(different) > 10  # not one token repeated
 
 
 LOGITS = torch.tensor([2.0, -1.0, 1.5, 0.0, 1.0, -3.0])  # by rank: ids 0 2 4 3 1 5
@@ -318,7 +318,7 @@ def test_draws_follow_the_softmax_of_what_each_row_keeps(options, kept):
     kept, expected = [int(i) for i in kept], torch.zeros(6)
     expected[kept] = (LOGITS[kept] / (options.get('temperature') or 1)).softmax(-1)
     ids = pick(torch.stack((LOGITS, LOGITS.flip(0))).repeat(10000, 1), **options).flatten()
-    ids[1::2] = 5 - ids[1::2]  # every second row is the other way round
+    ids[1::2] = 5 - ids[1::2]  # every second row is reversed
     shares = torch.bincount(ids, minlength=6) / 20000
     assert shares[expected == 0].eq(0).all() and shares[expected > 1e-3].gt(0).all()
     assert (shares - expected).abs().max() < 0.015
@@ -333,7 +333,7 @@ def groups_of(optimizer):
     optimizers = gpt.configure_optimizers(optimizer, 1e-3, 0.02, (0.9, 0.95), 0.1)
     groups = [(group['weight_decay'], [names.pop(p) for p in group['params']])
               for optimizer in optimizers for group in optimizer.param_groups]
-    assert not names  # each is in one of them, once
+    assert not names  # each is in exactly one group
     return groups
 
 

@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 from conftest import ROOT, copy_of_repo
 
-# A run of seconds; log_interval stays as it is.
+# A run of seconds; log_interval is unchanged.
 SMALL = (' --n_layer=1 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=30'
          ' --eval_interval=30 --eval_iters=2 --warmup_iters=5')
 
@@ -27,7 +27,7 @@ def test_the_cells_of_the_readme_run_and_print_few_lines(tmp_path, monkeypatch):
     said = [''.join(o.text for o in cell.outputs if o.output_type == 'stream') for cell in cells]
     for text in said:
         assert 'Error' not in text and len(text.splitlines()) < 20, text
-        assert '\r' not in text.replace('\r\n', '\n'), text  # no bar
+        assert '\r' not in text.replace('\r\n', '\n'), text  # no progress bar
     _, trained, sampled, *_ = said
     steps = re.findall(r'^step (\d+) \| loss', trained, re.MULTILINE)
     assert steps == ['10', '20', '30']

@@ -1,4 +1,4 @@
-"""owner.py: one run owns an out_dir, the last one that was started in it."""
+"""owner.py: an out_dir belongs to one run, the last one started in it."""
 import json
 import os
 import random
@@ -20,7 +20,7 @@ RUN = (*TINY, '--eval_interval=10', '--checkpoint_interval=4', '--init_from=auto
 
 @pytest.fixture
 def slow(tmp_path):
-    """A train.py whose steps take 20 ms more: what happens to it does so before its end."""
+    """A train.py whose steps take 20 ms longer, so that the test acts before it finishes."""
     return patched_train(tmp_path, """
         import time
         mean_over_ranks = distributed.mean_over_ranks
@@ -64,7 +64,7 @@ def test_a_claim_removes_what_others_were_writing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'mine.tmp', 'owner.json']
 
 
-# ------------------------------------------------------------------- stalled, replaced, awake
+# ------------------------------------------------------------------- stalled, replaced, resumed
 
 def state_of(out_dir):
     """The content of all files that a run must not mix with another's."""
@@ -102,8 +102,8 @@ def test_a_first_worker_that_was_stalled_and_replaced_writes_nothing_when_it_wak
 
 def test_a_successor_does_not_go_on_from_a_state_that_its_predecessor_has_saved_over(
         slow, data_set, tmp_path):
-    """The first of two is stalled; its successor has read step 4 or so and waits for the second;
-    the first wakes, saves what it has, and ends."""
+    """Rank 0 of two is stalled; its successor has read step 0 and waits for rank 1; the stalled
+    process wakes, saves what it has, and exits."""
     options = (*RUN, f'--dataset={data_set}', f'--out_dir={tmp_path}/out', '--max_iters=60',
                '--checkpoint_interval=1000', '--eval_interval=1000', '--dist_timeout=60')
     old = start_ranks(2, slow, *options)
@@ -111,7 +111,7 @@ def test_a_successor_does_not_go_on_from_a_state_that_its_predecessor_has_saved_
     old[0].send(signal.SIGSTOP)
     env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': '2'}
     new = start(slow, *options, env={**env, 'RANK': '0'})
-    time.sleep(5)  # it has read step 0 by then; if not, nothing is tested
+    time.sleep(5)  # enough to read step 0; if not, this tests nothing
     old[1].send(signal.SIGKILL)
     old[0].send(signal.SIGCONT)
     assert old[0].wait().code == 138
@@ -130,7 +130,7 @@ def test_a_successor_does_not_go_on_from_a_state_that_its_predecessor_has_saved_
                                                for s in (0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 2.0)]])
 def test_of_two_runs_started_in_one_folder_the_last_to_claim_it_survives(
         apart_s, slow, data_set, tmp_path):
-    """At once is what `srun -n 2` does with a script that needs RANK."""
+    """Starting both at once is what `srun -n 2` does with a script that needs RANK."""
     out_dir = tmp_path / 'out'
     scripts = []
     for n, learning_rate in enumerate((1e-3, 2e-3)):
@@ -144,7 +144,7 @@ def test_of_two_runs_started_in_one_folder_the_last_to_claim_it_survives(
     assert sorted(codes) in ([0, 1], [0, 138]), errors
     if 1 in codes:
         assert 'was taken over by another run' in errors
-    else:  # it found that the first had saved since it had looked, and claimed nothing
+    else:  # it saw that the first had saved since it looked, and claimed nothing
         assert 'has since been saved by another run' in errors
     winner = (1e-3, 2e-3)[codes.index(0)]
     for name in 'ckpt.pt', 'best.pt':
@@ -155,7 +155,7 @@ def test_of_two_runs_started_in_one_folder_the_last_to_claim_it_survives(
 
 
 def test_what_trains_nothing_claims_nothing(trained, data_set, tmp_path):
-    """An evaluation, a sample, an export, a mistake: the running job must not notice them."""
+    """An evaluation, a sample, an export, a mistake: none may disturb the running job."""
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     before = (out_dir / 'owner.json').read_bytes()
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={out_dir}')
@@ -203,14 +203,14 @@ def test_a_run_goes_on_whatever_a_person_does_to_its_folder(change, slow, data_s
         try:
             change(out_dir)
             changed = True
-        except (OSError, shutil.Error):  # a temporary file vanished under a copy
+        except (OSError, shutil.Error):  # a temporary file vanished during the copy
             shutil.rmtree(out_dir.with_name('copy'), ignore_errors=True)
     assert script.code is None
     assert script.wait().code == 0, script.err
     assert load_checkpoint(out_dir / 'ckpt.pt')['iter_num'] == 150
     logs = {edit: 'out/log.jsonl', rotate: 'out/log.1', move: 'moved/log.jsonl',
             copy: 'out/log.jsonl'}
-    if change in logs:  # the run writes on into the file that it opened
+    if change in logs:  # the run keeps writing to the file that it opened
         lines = (tmp_path / logs[change]).read_text().splitlines()
         steps = [json.loads(line)['iter'] for line in lines if '"loss"' in line]
         assert steps == list(range(1, 151))

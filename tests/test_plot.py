@@ -1,4 +1,4 @@
-"""plot.py draws the curves of runs, also of one under way, and makes TensorBoard files of them."""
+"""plot.py draws the curves of runs, even unfinished ones, and writes them for TensorBoard."""
 import json
 import re
 from unittest.mock import Mock
@@ -15,7 +15,7 @@ LOG = ''.join(json.dumps(entry) + '\n' for entry in ENTRIES)
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Two out_dirs, the second one's log ending in half a line."""
+    """Two out_dirs, the second with a log that ends in a partial line."""
     monkeypatch.chdir(tmp_path)
     for name, log in (('out-a', LOG), ('out-b', LOG + '{"iter": 5, "lo')):
         (tmp_path / name).mkdir()
@@ -29,7 +29,7 @@ def test_a_picture_has_each_runs_curves(runs):
     svg = (runs / 'out-b' / 'loss.svg').read_text()
     paths = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="([^"]*)"', svg)
     points = [len(re.findall('[ML]', path)) for path, style in paths if '#b0b0b0' not in style]
-    assert points == [4, 2, 2] * 2  # the grid apart, which is grey
+    assert points == [4, 2, 2] * 2  # without the grid, which is grey
     for words in ('loss (nats per token)', 'out-a: one step', 'out-b: train', 'out-b: validation'):
         assert f'<!-- {words} -->' in svg
     assert run_here('plot.py', '--out_dir=out-a', '--out=a.png').code == 0
@@ -68,7 +68,7 @@ def test_a_table_has_the_last_and_the_lowest_validation_loss_of_each_run(runs):
 
 def test_tensorboard_gets_every_number_once(runs):
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-    for _ in range(2):  # while a run goes on, the second time takes the place of the first
+    for _ in range(2):  # as for an unfinished run: the second replaces the first
         done = run_here('plot.py', '--out_dir=out-a,out-b', '--tensorboard=tb')
         assert done.out == 'tb: the losses of out-a,out-b\n', done.err
     for name in ('out-a', 'out-b'):

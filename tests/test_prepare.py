@@ -25,8 +25,8 @@ from support.errors import UserError
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """Copies of the prepare scripts, which write beside themselves; the rest are links."""
-    tokens.gpt2_encoding()  # fetches data/gpt2 if it is not there
+    """Copies of the prepare scripts, which write next to themselves; data/gpt2 is a link."""
+    tokens.gpt2_encoding()  # fetches data/gpt2 if it is missing
     repo = tmp_path / 'repo'
     for name in ('openwebtext', 'openwebtext-10k', 'shakespeare', 'shakespeare_char'):
         (repo / 'data' / name).mkdir(parents=True)
@@ -39,16 +39,16 @@ def repo(tmp_path, monkeypatch):
 
 
 def prepare(repo, name, *options):
-    """The output of the prepare script of a data set, run in this process to a good end."""
+    """Run the prepare script of a data set in this process; it must succeed."""
     done = run_here(repo / 'data' / name / 'prepare.py', *options)
     assert done.code == 0, done.err
     return done
 
 
 def fails(repo, name, *options):
-    """The one line that a prepare script ends with; checks that nothing is left behind."""
+    """The one-line error of a prepare script; checks that it leaves nothing behind."""
     done = run_here(repo / 'data' / name / 'prepare.py', *options)
-    line = done.err.splitlines()[-1]  # after the bar of its progress
+    line = done.err.splitlines()[-1]  # after its progress bar
     assert done.code == 1 and line.startswith('prepare.py: '), done.err
     assert {*os.listdir(repo / 'data' / name)} - {'input.txt'} == {'prepare.py'}
     return line
@@ -63,13 +63,13 @@ def read(repo, name):
 
 
 def clear(repo, name):
-    """Remove a data set, so that `fails` can look for what a failure leaves."""
+    """Remove a data set, so that `fails` can check what a failure leaves."""
     for path in 'train.bin', 'val.bin', 'meta.json':
         (repo / 'data' / name / path).unlink()
 
 
 def as_nanogpt(texts):
-    """nanoGPT's ids, slowly: train in the order of `texts`, and val. None is a bad document."""
+    """nanoGPT's ids, slowly: train, in the order of `texts`, and val. None: a bad document."""
     split = datasets.Dataset.from_dict({'text': texts, 'place': range(len(texts))})
     split = split.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     bpe = tokens.gpt2_encoding()
@@ -79,7 +79,7 @@ def as_nanogpt(texts):
 
 
 def some_texts(n, seed=0):
-    """Documents of many scripts and lengths, also empty, with <|endoftext|> in their text."""
+    """Documents in many scripts and lengths, some empty, with <|endoftext|> in their text."""
     rng = np.random.default_rng(seed)
     pieces = ['the cat', ' sat', '\r\n', '\n\n', '   ', 'Ελλάδα', '中文', '🙂', "it's",
               '\u2028', '\x00', '12345', '\ufeff', ' trailing  ', tokens.EOT]
@@ -126,7 +126,7 @@ def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo, name):
 
 
 def test_end_of_text_in_ones_own_text_is_gpt2s_token_and_characters_as_ever(repo):
-    """In documents it stays text: they end without it."""
+    """In documents it stays text: their ends are known."""
     texts = {'shakespeare': 'one<|endoftext|>two<|endoftext|>three and more',
              'shakespeare_char': 'one<|endoftext|>two'}
     for name, text in texts.items():
@@ -150,7 +150,7 @@ def test_val_is_nanogpts_and_train_the_rest_in_order(repo, tmp_path, monkeypatch
     write_parquet(folder / 'train-00000.parquet', texts[:2000], pa.large_string())
     expected = as_nanogpt(texts)
     assert len(expected[1]) > 300  # three documents
-    monkeypatch.setitem(sys.modules, 'datasets', None)  # is for the hub alone
+    monkeypatch.setitem(sys.modules, 'datasets', None)  # needed only for the hub
     for name, workers in (('openwebtext', 2), ('openwebtext', 1), ('openwebtext-10k', 5)):
         done = prepare(repo, name, f'--source={folder.parent}', f'--workers={workers}')
         assert read(repo, name)[:2] == expected
@@ -179,13 +179,13 @@ BAD = {'parquet': [None, REFUSED.encode()],
 
 
 def write_source(path, texts):
-    """A file of these documents; each None becomes one that is bad in another way."""
+    """Write a file of these documents; each None becomes one that is bad in its own way."""
     kind = path.name.partition('.')[2]
     bad = itertools.chain(BAD[kind], itertools.repeat(b'not UTF-8: \xed\xa0\x80'))
     if 'jsonl' in kind:
         texts = [text and json.dumps({'id': 1, 'text': text}) for text in texts]
     raw = [next(bad) if text is None else text.encode() for text in texts]
-    if kind == 'parquet':  # of bytes, since a string column would not take bad UTF-8
+    if kind == 'parquet':  # of bytes, since a string column rejects bad UTF-8
         write_parquet(path, raw, pa.binary())
     else:
         ends = itertools.cycle([b'\n', b'\r\n', b'\n\n\r\n'])
@@ -193,7 +193,7 @@ def write_source(path, texts):
 
 
 def write_packed(path, content):
-    """The content, packed if the ending says so, in two parts: cat a.gz b.gz makes one, too."""
+    """Write it, compressed if the file ending says so, in two parts, as cat a.gz b.gz does."""
     middle = len(content) // 2
     with open(path, 'wb') as f:
         for part in content[:middle], content[middle:]:
@@ -221,7 +221,7 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
         write_source(source, texts)
         done = prepare(repo, 'openwebtext', f'--source={source}')
         assert ('replace them' in done.out) == (place == val)
-    bpe = tokens.gpt2_encoding()  # the next of the permutation, only when all are bad
+    bpe = tokens.gpt2_encoding()  # the next of the permutation, as all of val's are bad
     train, val_ids, _ = read(repo, 'openwebtext')
     assert val_ids == [*bpe.encode_ordinary(texts[order[1]]), bpe.eot_token]
     rest = [text for text in texts if text and text != texts[order[1]]]
@@ -232,7 +232,7 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
 
 
 def test_hidden_files_and_folders_below_the_source_are_no_documents(repo, tmp_path):
-    source = tmp_path / '.cache' / 'texts'  # may be hidden itself
+    source = tmp_path / '.cache' / 'texts'  # the source itself may be hidden
     texts = [f'document {i}' for i in range(20)]
     for name in ('a.txt', '.ipynb_checkpoints/a-checkpoint.txt', '._a.txt', 'b/.c/d/a.txt'):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def test_hidden_files_and_folders_below_the_source_are_no_documents(repo, tmp_pa
     (source / 'a.txt').unlink()
     with pytest.raises(UserError, match='found none'):
         corpus.local_documents(source)
-    assert corpus.local_documents(source / '._a.txt').count == 20  # named by the user
+    assert corpus.local_documents(source / '._a.txt').count == 20  # named explicitly
 
 
 CHINESE = ['他说：“你的书是我的。”', '天上的月亮，水里的月亮。', '我们的学校在山的那一边。'] * 20
@@ -332,7 +332,7 @@ def test_damaged_and_doubled_packed_files_are_refused(repo, tmp_path):
         write_packed(path, json.dumps({'text': 'été'}, ensure_ascii=False).encode('latin-1'))
         line = fails(repo, 'openwebtext', f'--source={path}')
         assert f'{path} is not UTF-8: unpack it' in line
-        (tmp_path / 'a.jsonl').write_text('{"text": "abc"}\n' * 9)  # unpacked beside: both?
+        (tmp_path / 'a.jsonl').write_text('{"text": "abc"}\n' * 9)  # also unpacked: ambiguous
         path.write_bytes(whole)
         line = fails(repo, 'openwebtext', f'--source={tmp_path}')
         assert line.endswith(f'of one kind; found .jsonl and .jsonl{ending}')
@@ -407,7 +407,7 @@ def test_the_hub_is_asked_for_files_of_one_revision(repo, tmp_path, name, place)
         prepare(repo, name, '--workers=2')
     files, scan = (asked.call_args.kwargs[key] for key in ('data_files', 'fragment_scan_options'))
     assert files.startswith(f'hf://datasets/{place}') and files.endswith('*.parquet')
-    assert not scan.pre_buffer  # else it takes a file at a time
+    assert not scan.pre_buffer  # else it unpacks a whole file at once
     train, val, meta = read(repo, name)
     assert (train, val) == as_nanogpt(texts) and meta['source'] == files
     assert f'cannot load {files}' in line and 'HF_ENDPOINT' in line and '--source=FOLDER' in line
@@ -471,14 +471,14 @@ def test_an_error_of_pyarrows_is_one_line_with_the_files_name(repo, tmp_path, wh
 
 def test_a_killed_prepare_leaves_the_old_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
     texts, folder = some_texts(1000), repo / 'data/openwebtext'
-    source = write_parquet(tmp_path / 'a.parquet', texts * 200)  # some 10 s of work
-    (folder / 'train.bin').write_bytes(b'\1\0\2\0')  # of an older run
+    source = write_parquet(tmp_path / 'a.parquet', texts * 200)  # about 10 s of work
+    (folder / 'train.bin').write_bytes(b'\1\0\2\0')  # from an older run
 
     def killed_by(signum):
         script = start(folder / 'prepare.py', f'--source={source}', '--workers=2')
         script.until(lambda _: any(f.stat().st_size for f in folder.glob('train.bin.tmp')))
         script.send(signum)
-        with pytest.raises(ProcessLookupError):  # no worker lives on
+        with pytest.raises(ProcessLookupError):  # no worker survives
             os.killpg(script.wait(30).process.pid, 0)
         return sorted(os.listdir(folder))
 
@@ -488,10 +488,10 @@ def test_a_killed_prepare_leaves_the_old_tokens_and_no_process_and_can_be_run_ag
     assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts[:100])
     before = read(repo, 'openwebtext')
     assert killed_by(signal.SIGINT) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
-    assert read(repo, 'openwebtext') == before  # and Ctrl-C tidies up
+    assert read(repo, 'openwebtext') == before  # and Ctrl-C cleans up
 
 
-CHANGES = (os, 'fsync'), (os, 'replace'), (Path, 'unlink')  # of the disk
+CHANGES = (os, 'fsync'), (os, 'replace'), (Path, 'unlink')  # all changes of the disk
 
 
 @pytest.mark.parametrize('new', ['gpt2', 'char'])
@@ -499,7 +499,7 @@ CHANGES = (os, 'fsync'), (os, 'replace'), (Path, 'unlink')  # of the disk
 @pytest.mark.parametrize('kill_at', range(7))
 def test_a_kill_at_any_step_leaves_the_old_data_set_or_the_new_or_none(
         tmp_path, monkeypatch, kill_at, old, new):
-    """Without its meta.json, the ids of characters would be taken for GPT-2's."""
+    """Without its meta.json, character ids would be taken for GPT-2's."""
     metas = {'char': {'tokenizer': 'char', 'chars': 'abcd', 'vocab_size': 4},
              'gpt2': tokens.GPT2_META, 'nanogpt': tokens.GPT2_META}
     splits = {'train': [np.array([1, 2])], 'val': [np.array([3])]}
@@ -526,7 +526,7 @@ def test_a_kill_at_any_step_leaves_the_old_data_set_or_the_new_or_none(
         def step(*args, **kwargs):
             if next(steps, False):
                 for change in CHANGES:
-                    monkeypatch.setattr(*change, kill)  # a kill does not tidy up
+                    monkeypatch.setattr(*change, kill)  # a kill does not clean up
                 kill()
             return function(*args, **kwargs)
         return step
@@ -538,7 +538,7 @@ def test_a_kill_at_any_step_leaves_the_old_data_set_or_the_new_or_none(
     monkeypatch.undo()
     after = (new, [[3, 3, 3]], [[3]])
     assert found() in ([before] if kill_at < 4 else [None])
-    with pytest.raises(UserError):  # the next attempt tidies up, and brings nothing to life
+    with pytest.raises(UserError):  # the next attempt cleans up and revives nothing
         corpus.write_dataset(tmp_path, metas[new], {'train': [], 'val': []})
     assert found() in ([before] if kill_at < 4 else [None])
     assert not list(tmp_path.glob('*.tmp'))

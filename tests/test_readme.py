@@ -1,4 +1,4 @@
-"""README.md, docs/ and their Chinese sides: the same in both, and each says what is true."""
+"""README.md and docs/: links, commands, tables; and that the Chinese pages match the English."""
 import ast
 import functools
 import re

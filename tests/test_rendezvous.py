@@ -1,4 +1,4 @@
-"""rendezvous.py: how processes meet. That lost ones are met again, test_jobs.py shows."""
+"""rendezvous.py: how processes meet. Rejoining after a loss is tested in test_jobs.py."""
 import inspect
 import re
 import signal
@@ -35,7 +35,7 @@ def start_rank(rank, world_size, script, *options, port, address='127.0.0.1'):
 
 @pytest.fixture
 def soon(tmp_path):
-    """A train.py that reports after half a second what it waits for, and then every second."""
+    """A train.py that reports what it waits for after half a second, then every second."""
     return patched_train(tmp_path, 'rendezvous.REPORT_EVERY_S = 1')
 
 
@@ -84,10 +84,10 @@ def test_a_first_process_whose_own_name_does_not_resolve_waits_for_the_others(
 
 
 def test_a_stop_ends_a_process_that_hangs_in_a_call_to_the_store(soon, data_set, tmp_path):
-    """Rank 0 is paused: the call into C++ does not return, and Python's handlers wait for that."""
+    """Rank 0 is paused: the call into C++ does not return, and Python's handlers cannot run."""
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
     port = str(free_port())
-    first = start_rank(0, 4, soon, *options, port=port)  # two of the four never come
+    first = start_rank(0, 4, soon, *options, port=port)  # two of the four never arrive
     second = start_rank(1, 4, soon, *options, port=port)
     second.until(lambda script: 'until rank 0 has heard from all' in script.out)
     first.send(signal.SIGSTOP)
@@ -109,7 +109,7 @@ def test_who_waits_in_vain_asks_to_be_started_again():
 
 
 def test_a_fresh_process_meets_one_that_has_failed_to_connect_twice(data_set, tmp_path):
-    """torch counts tries in the keys of the store; without a reset they would never meet."""
+    """torch counts attempts in the keys of the store; without a reset they would never meet."""
     script = patched_train(tmp_path, """
         all_reduce = rendezvous.dist.all_reduce
         tries = []
@@ -133,11 +133,11 @@ def test_a_fresh_process_meets_one_that_has_failed_to_connect_twice(data_set, tm
     assert len(steps_of(tmp_path / 'out')) == 10
 
 
-# ------------------------------------------------------------------- nobody else's process gets in
+# ------------------------------------------------------------- processes of other runs are refused
 
 @pytest.mark.parametrize(('option', 'named'), [
     ('--seed=2', 'seed=2, but rank 0 has seed=1337'),
-    # The default's value: rank 0 means the checkpoint's, if there is one.
+    # The default, but typed: rank 0 would take the checkpoint's, if there is one.
     ('--bias=False', r"typed=\['bias', 'n_embd', .*\], but rank 0 has typed=\['n_embd', "),
     ('--batch_size=2 --gradient_accumulation_steps=4', 'batch_size=2, but rank 0 has batch_size=4'),
     ('--dtype=bfloat16', 'dtype=bfloat16, but rank 0 has dtype=float32'),

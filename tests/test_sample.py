@@ -1,4 +1,4 @@
-"""sample.py on checkpoints that lie in a folder without their data."""
+"""sample.py on checkpoints in a folder without their data."""
 import io
 import os
 import re
@@ -23,7 +23,7 @@ def sample(out_dir, *options, **more):
 
 
 def texts_of(done):
-    """The texts of a sample.py that ended well."""
+    """The texts that sample.py printed; it must have succeeded."""
     assert done.code == 0, done.err
     assert re.fullmatch(r'\d+ tokens, [\d.]+ tokens/s on cpu', done.err.splitlines()[-1]), done.err
     *texts, rest = done.out.split('\n---------------\n')
@@ -40,7 +40,7 @@ def test_greedy_text_is_that_of_generate_whatever_the_seed(trained, tmp_path, mo
     expected = ''.join(CHARS[i] for i in model.generate(prompt, 50, temperature=0)[0].tolist())
     for n, more in (
             (1, ('--temperature=0', '--seed=1')), (1, ('--temperature=0', '--seed=2')),
-            # Two more ways to say it: only the likeliest token is left to draw.
+            # Two more ways to be greedy: only the likeliest token is left to draw.
             (1, ('--temperature=2', '--top_k=1')),
             (2, ('--temperature=2', '--top_p=1e-9', '--top_k=0', '--num_samples=2',
                  '--start=FILE:prompt.txt'))):
@@ -64,10 +64,10 @@ def test_a_seed_says_which_text_and_each_sample_is_another(trained):
 def test_text_arrives_while_it_is_made_in_whole_characters_of_the_tokenizer(tmp_path):
     encoding, sentence = tokens.GPT2Encoding(), 'Ein naïver Käse 🙂, 日本語だ。\n'
     ids = encoding.encode(sentence)
-    assert any('\ufffd' in encoding.decode([i]) for i in ids)  # parts of characters
+    assert any('\ufffd' in encoding.decode([i]) for i in ids)  # some are parts of characters
     n = 12 * len(ids)
     model = GPT(GPTConfig(block_size=n, vocab_size=50304, n_layer=1, n_head=1, n_embd=128)).eval()
-    with torch.no_grad():  # each position asks for the next token of the sentence, or for padding
+    with torch.no_grad():  # each position predicts the next token of the sentence, or padding
         wte = model.transformer.wte.weight.normal_()
         model.transformer.wpe.weight.copy_(10 * wte[ids[1:] + ids[:1]].repeat(12, 1))
         model.transformer.ln_f.bias.fill_(1.0)
@@ -83,12 +83,12 @@ def test_text_arrives_while_it_is_made_in_whole_characters_of_the_tokenizer(tmp_
     assert not any('\ufffd' in text for text in texts)
     assert len(set(texts)) > 0.5 * n
     stated = float(re.search(r'([\d.]+) tokens/s', done.err)[1])
-    assert times[-1] - times[0] > 0.5 * n / stated  # spread over the time that it took
+    assert times[-1] - times[0] > 0.5 * n / stated  # spread over the whole time
 
 
 @pytest.mark.parametrize('length', [1, 2, 5])
 def test_a_text_ends_before_the_first_place_of_the_text_to_stop_at(length, trained):
-    """Whatever its length in tokens, here one a character; with several samples, each."""
+    """Whatever its length in tokens, here one per character; in each of several samples."""
     options = '--max_new_tokens=60', '--temperature=1', '--num_samples=3', '--start=abc'
     whole = texts_of(sample(trained, *options))
     stop = whole[1][20:20 + length]
@@ -99,14 +99,14 @@ def test_a_text_ends_before_the_first_place_of_the_text_to_stop_at(length, train
         assert stop not in text[3:]
     assert int(done.err.split(' tokens')[0]) < 180
     assert texts_of(sample(trained, *options, '--stop=no such text')) == whole
-    # Its beginning at the end of a text is printed.
+    # A partial match at the end of a text is printed.
     assert texts_of(sample(trained, *options, f'--stop={whole[0][-3:]}!')) == whole
 
 
 def test_the_end_of_text_token_can_be_stopped_at(tmp_path):
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=1, n_embd=64)).eval()
     _, *ids = tokens.GPT2Encoding().encode('A é🙂<|endoftext|>B')
-    with torch.no_grad():  # each position asks for the next token
+    with torch.no_grad():  # each position predicts the next token
         wte = model.transformer.wte.weight.normal_()
         model.transformer.wpe.weight[:len(ids)] = 10 * wte[ids]
     torch.save({'model': model.state_dict(), 'model_args': vars(model.config)},
@@ -116,9 +116,9 @@ def test_the_end_of_text_token_can_be_stopped_at(tmp_path):
     assert texts_of(sample(tmp_path, *options, '--stop=<|endoftext|>')) == ['A é🙂']
 
 
-@pytest.mark.skipif(not str(ROOT).isascii(), reason='this folder has no name in that locale')
+@pytest.mark.skipif(not str(ROOT).isascii(), reason='the path of the checkout is not ASCII')
 def test_in_a_pipe_the_speed_has_a_line_of_its_own_and_what_cannot_be_shown_is_replaced(trained):
-    """Standard output and errors go into one pipe, in a locale that has ASCII alone."""
+    """Standard output and standard error share one pipe, in an ASCII-only locale."""
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
     done = subprocess.run(
         [sys.executable, ROOT / 'sample.py', f'--out_dir={trained}', '--device=cpu', '--start=ab',

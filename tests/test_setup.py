@@ -1,4 +1,4 @@
-"""What `make` does before any script: support/venv.sh, with Pythons that are stand-ins."""
+"""support/venv.sh, which `make` runs before any script, with fake Pythons."""
 import os
 import re
 import shutil
@@ -18,7 +18,7 @@ def executable(path, lines):
 
 
 def python(path, version, rest='exit 0'):
-    """A Python that knows its version alone; `-m venv` makes an environment with the same."""
+    """A fake Python that only reports its version; `-m venv` makes an environment with a copy."""
     return executable(path, f"""case "$1 $2" in
 -c*) echo {version} ;;
 "-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
@@ -29,7 +29,7 @@ esac""")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the Makefile, a space and Chinese characters, and commands in bin/ alone."""
+    """A folder with the Makefile, a Chinese name with a space, and commands only in bin/."""
     folder = tmp_path / '李 雷'
     (folder / 'support').mkdir(parents=True)
     shutil.copy(ROOT / 'support/venv.sh', folder / 'support')
@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 
 def make(folder, *arguments, **variables):
-    """`make .venv/run`: the environment alone."""
+    """Run `make .venv/run`, which makes only the environment."""
     env = {'PATH': str(folder / 'bin'), 'TMPDIR': str(folder), 'LC_ALL': 'C', **variables}
     return subprocess.run(['make', '.venv/run', *arguments], cwd=folder, env=env, timeout=60,
                           capture_output=True, text=True)
@@ -67,7 +67,7 @@ def test_pyenvs_python_is_found_by_its_number(folder):
     python(folder / 'versions/3.12/bin/python', '3.12')
     executable(folder / 'bin/pyenv',
                f'[ "$1 $2" = "prefix 3.12" ] && echo "{folder}/versions/3.12"')
-    executable(folder / 'bin/python3.12', 'exit 127')  # pyenv's own, if another one is chosen
+    executable(folder / 'bin/python3.12', 'exit 127')  # pyenv's shim, if another is selected
     assert make(folder, PYTHON='python3.12').returncode == 0
     assert (folder / '.venv/run').exists()
 
@@ -86,7 +86,7 @@ def test_an_environment_that_works_is_kept_and_another_is_made_anew(folder):
 
     assert is_kept() and is_kept(PYTHON='python3')
     assert not is_kept(PYTHON='python3.12')  # asked for
-    assert is_kept()  # which is no wish for python3's own version
+    assert is_kept()  # no PYTHON: any version will do
     (folder / '.venv/bin/python').unlink()
     assert not is_kept()  # broken
     shutil.copytree(folder / '.venv', folder / 'old')
@@ -107,12 +107,12 @@ def test_a_full_disk_names_the_disk_and_tmpdir(folder):
 
 
 def test_the_lowest_versions_are_those_that_requirements_admit():
-    """tests/lowest.txt is what CI installs: each bound of requirements.txt is tested."""
+    """tests/lowest.txt is what CI installs, so that each lower bound is tested."""
     pins = dict(re.findall(r'^([\w-]+)==(\S+)$', (ROOT / 'tests/lowest.txt').read_text(), re.M))
     bounds = re.findall(r'^([\w-]+)([^#\n]*)', (ROOT / 'requirements.txt').read_text(), re.M)
     for name, rest in bounds:
         lowest = re.search(r'>=([\d.]+)', rest)
-        assert lowest, f'requirements.txt: {name} has no lowest version'
+        assert lowest, f'requirements.txt: {name} has no lower bound'
         assert f'{pins[name]}.0'.startswith(f'{lowest[1]}.'), (
             f'requirements.txt: {name}>={lowest[1]}, tests/lowest.txt: {pins[name]}')
 

@@ -1,4 +1,4 @@
-"""support/threads.py, on machines and in containers that this one is not; and before torch."""
+"""support/threads.py, on simulated machines and containers; and that it runs before torch."""
 import os
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def v2(folder, quota):
 
 
 def topology(threads_per_core):
-    """Linux numbers the second threads of the cores last."""
+    """Linux numbers the second hardware threads of the cores last."""
     cores = 8 // threads_per_core
     return {f'sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list': f'core {i % cores}'
             for i in range(8)}
@@ -32,7 +32,7 @@ def topology(threads_per_core):
     (None, topology(1), 8),
     (None, topology(2), 4),
     ('0::/', v2('', 'max'), 8),
-    ('0::/', v2('', '300000'), 3),  # a container with a namespace of its own
+    ('0::/', v2('', '300000'), 3),  # a container with its own namespace
     ('0::/', v2('', '250000') | topology(2), 3),
     ('0::/', v2('', '700000') | topology(2), 4),
     ('0::/', v2('', '50000'), 1),
@@ -91,7 +91,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     ({'OMP_NUM_THREADS': '7', 'GOMP_SPINCOUNT': '5', 'TORCHINDUCTOR_COMPILE_THREADS': '9'},
      '7 5 9')])
 def test_a_script_sets_what_nobody_has_set_before_it_imports_torch(script, typed, expected):
-    """On one CPU, whatever this machine has."""
+    """As if on one CPU, whatever this machine has."""
     env = {name: text for name, text in os.environ.items() if 'THREADS' not in name}
     env.pop('GOMP_SPINCOUNT', None)
     done = subprocess.run([sys.executable, '-c', WATCH, str(ROOT / f'{script}.py')],

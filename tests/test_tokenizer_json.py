@@ -1,5 +1,5 @@
-"""support/tokenizer_json.py: tokenizers that come with a model or are one's own, from the data to
-training, sampling and export. transformers is the judge where it has a word."""
+"""support/tokenizer_json.py: tokenizers of a model or of one's own, from the data to training,
+sampling and export; checked against transformers where possible."""
 import copy
 import json
 import re
@@ -43,8 +43,8 @@ def own(tmp_path_factory):
 
 
 def gpt2(changes=()):
-    """OpenAI's tokenizer, with more tokens, as the package has it."""
-    tokens.gpt2_encoding()  # fetches data/gpt2 if it is not there
+    """OpenAI's tokenizer, with these tokens added, as the package writes it."""
+    tokens.gpt2_encoding()  # fetches data/gpt2 if it is missing
     bpe = ByteLevelBPETokenizer.from_file(str(tokens.DATA / 'gpt2' / 'encoder.json'),
                                           str(tokens.DATA / 'gpt2' / 'vocab.bpe'))
     bpe.add_special_tokens(['<|endoftext|>', *changes])
@@ -61,8 +61,8 @@ def write(folder, content, **files):
 
 
 def bert(folder, lower=False):
-    """A folder with a BERT vocabulary of the characters of a Chinese text, as the Chinese GPT-2s
-    have it."""
+    """A folder with a BERT vocabulary of the characters of a Chinese text, as Chinese GPT-2
+    models have it."""
     folder.mkdir()
     words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *sorted({*CHINESE.lower()} - {*' \n'})]
     words += [f'##{char}' for char in 'abcdefghijklmnopqrstuvwxyz0123456789']
@@ -131,7 +131,7 @@ def test_what_is_no_tokenizer_for_here_is_one_line(files, said, tmp_path):
 
 @pytest.mark.parametrize(('change', 'said'), [
     ({'version': None, 'model': {'type': 'Nonsense', 'vocab': {'a': 0}}}, 'cannot be read'),
-    # The package would give it the next id, 2, without a word.
+    # The package would silently give it the next id, 2.
     ({'added_tokens': [{'id': 9, 'content': '<x>', 'special': True, 'single_word': False,
                         'lstrip': False, 'rstrip': False, 'normalized': False}]}, 'no id 9'),
 ])
@@ -196,7 +196,7 @@ def test_the_token_that_ends_a_text_comes_from_the_option_or_the_files(tmp_path)
             ('', {'tokenizer_config': {'eos_token': {'content': 'b'}}}, 'b'),
             ('', {'special_tokens_map': {'eos_token': 'b'}}, 'b'),
             ('', {'config': {'eos_token_id': ids['c']}}, 'c'),
-            # As BERT's Chinese GPT-2s have it, whose 50256 is beyond their vocabulary.
+            # As in Chinese GPT-2 models with BERT's tokens: 50256 is beyond their vocabulary.
             ('', {'config': {'eos_token_id': 50256}}, '<|endoftext|>'),
             ('', {'config': {'eos_token_id': [1, 2]}}, '<|endoftext|>')):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -258,7 +258,7 @@ def test_a_long_text_is_cut_after_a_line(own, monkeypatch):
 
 
 class Spy:
-    """A tokenizer that lists the texts it gets."""
+    """A tokenizer that records the texts it gets."""
 
     def __init__(self, tokenizer, asked):
         self.tokenizer = tokenizer
@@ -306,7 +306,7 @@ def data_in(folder, place):
 
 
 def train(*options, code=0):
-    """What train.py prints; with code=1 the one line that it ends with."""
+    """What train.py prints; with code=1 its one-line error."""
     done = run_here('train.py', *TINY, *options)
     assert done.code == code, done.out + done.err
     assert code == 0 or re.fullmatch(r'train\.py: [^\n]+\n', done.err), done.err
@@ -322,7 +322,7 @@ def data(own, tmp_path_factory):
 
 @pytest.mark.parametrize('kind', ['added', 'own'])
 def test_a_model_is_trained_only_on_data_in_its_own_tokens(kind, data, own, tmp_path):
-    """Trained on GPT-2's tokens, each would run, with a falling loss."""
+    """On GPT-2's tokens each would train without an error, and with a falling loss."""
     content = gpt2(['<|user|>', '<|bot|>'])
     if kind == 'own':
         content = json.loads(own.read_text(encoding='utf-8'))
@@ -341,7 +341,7 @@ def test_a_model_is_trained_only_on_data_in_its_own_tokens(kind, data, own, tmp_
             assert f'prepare the data with {advice}, or another --out_dir\n' in line
     line = train(f'--init_from={out_dir}/best.pt', f'--dataset={data["gpt2"]}', code=1)
     assert f'prepare the data with {advice}\n' in line
-    if kind == 'own':  # the same tokenizer from another place is no other
+    if kind == 'own':  # the same tokenizer at another path is accepted
         train(*options, '--init_from=resume', f'--dataset={data["own"]}')
 
 
@@ -376,7 +376,7 @@ def test_ranks_compare_the_hash_alone(data):
 # ---------------------------------------------------------------------------- sampling, export
 
 def saved(folder, meta, vocab_size):
-    """An untrained run's folder."""
+    """The folder of an untrained run."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(vocab_size=vocab_size, **MODEL))
     with torch.no_grad():
@@ -431,7 +431,7 @@ def test_an_export_has_the_runs_own_tokenizer(kind, own, tmp_path):
     assert config.vocab_size == meta['vocab_size']
     write_text = transformers.pipeline('text-generation', model=str(hf))
     assert write_text('中文', max_new_tokens=3)[0]['generated_text'].startswith('中')
-    # The folder is trained and sampled in the same tokens.
+    # Training and sampling from the folder use the same tokens.
     assert tokens.identity(tokens.model_tokenizer(str(hf))) == tokens.identity(meta)
     done = run_here('sample.py', f'--init_from={hf}', '--start=中文', '--max_new_tokens=9')
     assert done.code == 0 and done.out.startswith('中文')
@@ -441,7 +441,7 @@ def test_an_export_has_the_runs_own_tokenizer(kind, own, tmp_path):
 
 def test_a_chinese_text_from_scratch_with_a_vocabulary_of_ones_own(
         repo, tmp_path, monkeypatch):  # noqa: F811
-    """The lines of docs/data.md, with a smaller model."""
+    """The commands of docs/data.md, with a smaller model."""
     section = (ROOT / 'docs/data.md').read_text(encoding='utf-8').split('\n## ')[2]
     [recipe] = re.findall('```python\n(.*?)```', section, re.S)
     commands = re.findall('```bash\n(.*?)```', section, re.S)[0].splitlines()

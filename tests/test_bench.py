@@ -62,7 +62,7 @@ def bare_python(tmp_path):
     return tmp_path / 'venv/bin/python'
 
 
-def test_a_bare_machine_measures_and_tests_its_gpu(bare_python, tmp_path):
+def test_bench_and_gpu_tests_need_only_torch_numpy_and_pytest(bare_python, tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
     for command, expected in (
             (['-c', 'import tqdm'], "No module named 'tqdm'"),  # the premise of this test
@@ -77,13 +77,13 @@ def test_a_bare_machine_measures_and_tests_its_gpu(bare_python, tmp_path):
 @pytest.mark.parametrize(('option', 'says'), [
     ('--cases=step loading', '--cases=step loading: expected any of step, loader, sample, save'),
     ('--device=gpu', '--device=gpu: expected auto, cpu')])
-def test_a_mistake_gets_one_line(option, says):
+def test_a_user_error_is_one_line(option, says):
     done = run_here('bench.py', option)
     assert done.code == 1 and done.out == ''
     assert re.fullmatch(rf'bench\.py: {re.escape(says)}.*\n', done.err), done.err
 
 
-def test_a_measurement_ends_in_one_line_by_a_mistake_and_in_a_traceback_by_a_bug(
+def test_a_user_error_while_measuring_is_one_line_and_a_bug_keeps_its_traceback(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, 'one_text', Mock(side_effect=UserError('cannot download')))

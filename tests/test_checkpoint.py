@@ -30,7 +30,7 @@ def full_of(n, size=10):
     return {'model': {f'w{i}': torch.full((size,), float(n)) for i in range(10)}, 'model_args': {}}
 
 
-def held(path):
+def number_in(path):
     """The number that fills the state at `path`, which must be complete."""
     numbers = set()
     for weight in load_checkpoint(path)['model'].values():
@@ -127,7 +127,7 @@ def reconcile(ckpt, meta=CHARS, **typed):
     return checkpoint.reconcile(ckpt, OPTIONS | typed, set(typed), meta)
 
 
-def test_what_is_not_typed_is_the_checkpoints_but_for_dropout_and_where_the_data_lie():
+def test_untyped_options_except_dropout_come_from_the_checkpoint():
     moved = {**CHARS, 'source': 'a copy', 'tokens': {}}
     assert reconcile(saved_by(SHAPE), moved) == (SHAPE, OF_THE_CKPT)
     assert reconcile(saved_by(SHAPE), **OF_THE_CKPT) == (SHAPE, {})
@@ -136,7 +136,7 @@ def test_what_is_not_typed_is_the_checkpoints_but_for_dropout_and_where_the_data
     assert kept == {'n_head': 3, 'n_embd': 24, 'optimizer': 'lion'}
 
 
-def test_weights_alone_leave_the_choice_of_the_optimizer():
+def test_a_checkpoint_without_optimizer_state_allows_any_optimizer():
     ckpt = saved_by(SHAPE)
     del ckpt['optimizer'], ckpt['iter_num']
     shape, kept = reconcile(ckpt)
@@ -155,11 +155,11 @@ def refuse(said, ckpt, meta=CHARS, **typed):
     ({'n_layer': 12}, '--n_layer=12 .*=3'),  # the default, but typed
     ({'block_size': 8}, '--block_size=8 .*=12'), ({'n_embd': 12}, '--n_embd=12 .*=24'),
     ({'n_head': 4}, '--n_head=4 .*=3'), ({'optimizer': 'adamw'}, '=adamw .*type --optimizer=lion')])
-def test_what_is_typed_and_contradicts_the_checkpoint_is_refused_by_name(typed, said):
+def test_typed_options_that_contradict_the_checkpoint_are_refused_by_name(typed, said):
     refuse(said, saved_by(SHAPE), **typed)
 
 
-def test_the_context_is_the_runs_own_also_if_it_was_not_typed():
+def test_an_untyped_block_size_must_match_the_checkpoint():
     with pytest.raises(UserError, match=r'--block_size=12 .* type --block_size=16'):
         reconcile(saved_by(GPTConfig(**{**TINY, 'block_size': 16})))
 
@@ -169,20 +169,20 @@ def test_a_run_with_another_vocabulary_than_its_checkpoint_is_refused():
     refuse('vocabulary', saved_by(SHAPE), meta=GPT2_META)
 
 
-def test_nanogpts_gpt2_is_not_trained_on_characters():
+def test_a_nanogpt_gpt2_checkpoint_is_refused_for_character_data():
     saved = saved_by(GPTConfig(**TINY | {'vocab_size': 50304}))
     saved.pop('meta', None)
     refuse('vocabulary', saved, meta=CHARS)
 
 
-def test_a_checkpoint_of_a_model_that_knows_more_is_refused_by_name():
+def test_a_checkpoint_with_an_unknown_model_option_is_refused_by_name():
     ckpt = saved_by(SHAPE)
     ckpt['model_args'] = {**ckpt['model_args'], 'rotary': True}
     refuse('rotary=True', ckpt)
 
 
 @pytest.mark.parametrize('meta', [CHARS, None])  # None: nanoGPT's
-def test_a_checkpoint_file_gives_weights_for_a_new_run_with_positions_cut(meta, tmp_path):
+def test_pretrained_weights_load_with_a_shorter_block_size(meta, tmp_path):
     model = GPT(SHAPE).eval()
     state = saved_by(SHAPE, meta) | {'model': model.state_dict(), 'scaler': {}, 'val_loss': 1.0}
     if meta is None:
@@ -200,7 +200,7 @@ def test_a_checkpoint_file_gives_weights_for_a_new_run_with_positions_cut(meta, 
     assert 'does not exist' in one_line(checkpoint.load_pretrained, f'{tmp_path}/no.pt', 5)
 
 
-def test_the_folder_of_a_run_is_no_gpt2_and_the_line_says_to_name_the_file(tmp_path):
+def test_a_run_folder_is_refused_as_weights_with_the_file_to_name_instead(tmp_path):
     save_checkpoint(Owner(tmp_path), full_of(1))
     (tmp_path / 'config.json').write_text('{"n_layer": 12}')  # the run's options
     with pytest.raises(UserError, match=f'name a file in it, such as {tmp_path}/ckpt.pt'):
@@ -230,10 +230,10 @@ def save(folder, n, size=1, best=False):
 
 def checkpoints(folder):
     """{name: the number that fills it} of all files but owner.json; each must be complete."""
-    return {name: held(folder / name) for name in os.listdir(folder) if name != 'owner.json'}
+    return {name: number_in(folder / name) for name in os.listdir(folder) if name != 'owner.json'}
 
 
-def save_again_and_again(n, folder, done):
+def save_repeatedly(n, folder, done):
     owner = Owner(folder)
     while True:
         n += 1
@@ -243,7 +243,7 @@ def save_again_and_again(n, folder, done):
 
 
 @pytest.mark.parametrize('n_kills', [8, pytest.param(50, marks=pytest.mark.long)])
-def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kills, tmp_path):
+def test_a_kill_during_a_write_leaves_complete_files_no_older_than_before(n_kills, tmp_path):
     rng = random.Random(0)
     began = time.monotonic()
     save(tmp_path, 1, 10**6, best=True)
@@ -252,7 +252,7 @@ def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kil
     leftovers = 0
     for i in range(n_kills):
         listen, done = FORKS.Pipe()
-        process = FORKS.Process(target=save_again_and_again, args=(best, tmp_path, done))
+        process = FORKS.Process(target=save_repeatedly, args=(best, tmp_path, done))
         process.start()
         for _ in range(1 + i % 2):  # the first or the second write
             listen.recv()
@@ -261,8 +261,8 @@ def test_a_kill_at_any_moment_of_a_write_leaves_whole_files_and_none_older(n_kil
         process.join()
         leftovers += any(tmp_path.glob('*.tmp'))
         older = ckpt
-        ckpt = held(tmp_path / 'ckpt.pt')
-        best = held(tmp_path / 'best.pt')
+        ckpt = number_in(tmp_path / 'ckpt.pt')
+        best = number_in(tmp_path / 'best.pt')
         assert older <= ckpt <= best
     assert leftovers > 0 and best > n_kills / 2  # some killed in a write, some after one
     save(tmp_path, 0, best=True)  # over what the last kill left
@@ -281,7 +281,7 @@ def test_best_pt_is_renamed_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize('linkable', [True, False])
 @pytest.mark.parametrize('killed', [True, False])
 @pytest.mark.parametrize('leftover', ['half a file', 'a link to best.pt'])
-def test_what_a_kill_left_behind_does_no_harm(leftover, killed, linkable, tmp_path, monkeypatch):
+def test_leftovers_of_a_kill_are_harmless(leftover, killed, linkable, tmp_path, monkeypatch):
     """Writing into a leftover link would change best.pt, for good if that write is killed, too."""
     dead = Owner(tmp_path)
     save_checkpoint(dead, full_of(1), best=True)
@@ -307,7 +307,8 @@ def test_what_a_kill_left_behind_does_no_harm(leftover, killed, linkable, tmp_pa
 
 
 @pytest.mark.parametrize('error', [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_write_that_fails_says_why_in_one_line_and_leaves_nothing(error, tmp_path, monkeypatch):
+def test_a_failed_write_gives_the_reason_in_one_line_and_leaves_no_file(
+        error, tmp_path, monkeypatch):
     owner = Owner(tmp_path)
     save_checkpoint(owner, full_of(1), best=True)
     monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError(error, os.strerror(error))))
@@ -317,7 +318,7 @@ def test_a_write_that_fails_says_why_in_one_line_and_leaves_nothing(error, tmp_p
     assert checkpoints(tmp_path) == {'ckpt.pt': 1, 'best.pt': 1}
 
 
-def test_a_limit_met_inside_torch_save_is_named(tmp_path):
+def test_a_file_size_limit_hit_in_torch_save_is_reported(tmp_path):
     """torch.save hides the file's error behind one of its own."""
     owner = Owner(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -330,7 +331,7 @@ def test_a_limit_met_inside_torch_save_is_named(tmp_path):
     assert checkpoints(tmp_path) == {}
 
 
-def test_whoever_lost_the_folder_saves_nothing(tmp_path):
+def test_a_run_that_lost_the_folder_saves_nothing(tmp_path):
     loser = Owner(tmp_path)
     save_checkpoint(loser, full_of(1), best=True)
     save(tmp_path, 2)
@@ -339,7 +340,7 @@ def test_whoever_lost_the_folder_saves_nothing(tmp_path):
     assert checkpoints(tmp_path) == {'ckpt.pt': 2, 'best.pt': 1}
 
 
-def test_a_folder_lost_while_a_save_writes_is_not_touched(tmp_path, monkeypatch):
+def test_a_folder_lost_during_a_save_is_not_touched(tmp_path, monkeypatch):
     """Another run claims it and removes its temporary files in the middle of the write."""
     loser = Owner(tmp_path)
     fsync = os.fsync
@@ -349,7 +350,7 @@ def test_a_folder_lost_while_a_save_writes_is_not_touched(tmp_path, monkeypatch)
     assert checkpoints(tmp_path) == {}
 
 
-def test_a_disk_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
+def test_an_unreachable_disk_does_not_look_empty(tmp_path, monkeypatch):
     """Else a new run would overwrite the existing checkpoint."""
     path = str(tmp_path / 'ckpt.pt')
     assert not checkpoint.exists(path)
@@ -362,8 +363,7 @@ def test_a_disk_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('error', [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_checkpoint_that_the_disk_does_not_give_is_not_called_damaged(
-        error, tmp_path, monkeypatch):
+def test_an_unreadable_checkpoint_is_not_called_damaged(error, tmp_path, monkeypatch):
     save(tmp_path, 1)
     fails = Mock(side_effect=OSError(error, os.strerror(error)))
     monkeypatch.setattr(torch, 'load', fails)

@@ -45,21 +45,21 @@ def config(tmp_path):
     ('--out_dir=é🙂', 'é🙂'), ('--out_dir=True', 'True'), ('--compile=False', False),
     ('--out_dir=--n_layer=3', '--n_layer=3'), ('--start=two\nlines', 'two\nlines'),
     ('--compile=auto', 'auto'), ('--compile=true', True), ('--compile=inductor', 'inductor')])
-def test_a_value_is_read_as_the_type_of_its_default_and_changes_no_other(option, value):
+def test_a_value_is_parsed_as_the_type_of_its_default_and_changes_no_other(option, value):
     name, before = option[2:].partition('=')[0], dict(DEFAULTS)
     got = override(option)
     assert got[name] == value and type(got[name]) is type(value)
     assert {**got, name: DEFAULTS[name]} == DEFAULTS == before
 
 
-def test_later_arguments_win_whatever_they_are(config):
+def test_later_arguments_override_earlier_ones(config):
     two, three = config('n_layer = 2'), config('n_layer = 3', 'y.py')
     for *argv, n_layer in ((two, '--n_layer=3', 3), (two, three, 3), (two, '--n_layer=4', three, 3),
                            ('--n_layer=3', two, 2), ('--n_layer=3', '--n_layer=2', 2)):
         assert override(*argv)['n_layer'] == n_layer
 
 
-def test_a_config_file_has_any_name_and_text_and_may_use_what_was_set_before_it(config):
+def test_a_config_file_may_have_any_name_and_use_options_set_before_it(config):
     path = config('"""What it is."""\nlearning_rate = 1  # é\nn_layer = 2 * n_layer\n'
                   'out_dir = f"日本-{n_layer}"\ncompile = False', 'mit Leerzeichen.py')
     got = override('--n_layer=5', path)
@@ -74,13 +74,13 @@ def test_a_config_file_has_any_name_and_text_and_may_use_what_was_set_before_it(
     ('for width in [5]:\n    pass', 'width'),
     ('_x = [n_layer for bias in [1]]\ndef _f(width):\n    start = n_layer\n_f(1)', ''),
     ('"""n_layer = 3"""\n_y = width', '')])
-def test_what_a_config_file_assigns_at_its_top_level_is_typed(text, names, config):
+def test_top_level_assignments_of_a_config_file_count_as_typed(text, names, config):
     typed = set()
     configurator.override(DEFAULTS, [config(text)], 'script.py', (), typed)
     assert typed == set(names.split())
 
 
-def test_what_the_command_sets_is_typed_whatever_its_value(config):
+def test_options_set_by_the_command_count_as_typed_even_at_their_default(config):
     typed = set()
     argv = ['--n_layer=12', config('width = 5'), '--start=x']
     configurator.override(DEFAULTS, argv, 'script.py', (), typed)
@@ -102,7 +102,7 @@ def test_a_wrong_argument_is_named_with_what_was_expected(argv, words):
     assert all(word in line for word in words.split()), line
 
 
-def test_an_argument_that_the_locale_cannot_read_is_refused_with_the_cure():
+def test_an_argument_that_the_locale_cannot_decode_is_refused_with_the_fix():
     """Such as a Chinese path in LC_ALL=C with Python's UTF-8 mode off: torch cannot open it."""
     arg = '--out_dir=/tmp/\udce8\udcbe\udc93'  # how Python decodes such bytes
     assert refuse(arg) == f'{arg!a}: not in the encoding of this locale, ' \
@@ -110,7 +110,7 @@ def test_an_argument_that_the_locale_cannot_read_is_refused_with_the_cure():
 
 
 @pytest.mark.parametrize('name', configurator.FOREIGN)
-def test_an_option_known_from_elsewhere_is_refused_with_what_takes_its_place(name):
+def test_an_option_of_other_projects_is_refused_with_its_equivalent_here(name):
     _, advice = configurator.FOREIGN[name]
     line = f'--{name}=1: unknown option {name}; {advice}'
     assert run('train.py', f'--{name}=1').err == f'train.py: {line}\n'
@@ -119,7 +119,7 @@ def test_an_option_known_from_elsewhere_is_refused_with_what_takes_its_place(nam
 
 
 @pytest.mark.parametrize('script', ['sample.py', 'plot.py', 'data/openwebtext/prepare.py'])
-def test_no_script_is_told_to_use_an_option_that_it_lacks(script):
+def test_no_script_suggests_an_option_that_it_lacks(script):
     options = options_shown(run_here(script, '--help').out)
     for name, (_, advice) in configurator.FOREIGN.items():
         line = run_here(script, f'--{name}=1').err
@@ -145,7 +145,7 @@ def test_a_wrong_line_in_a_config_file_is_named_with_the_file(text, says, config
     assert refuse(path).startswith(f'{path}: {says}')
 
 
-def test_what_a_config_file_imports_or_defines_is_no_option(config):
+def test_imports_and_functions_of_a_config_file_are_not_options(config):
     path = config('import time\nfrom math import sqrt\nfrom pathlib import Path\n'
                   'def double(n):\n    return 2 * n * width\n'
                   'n_layer = double(int(sqrt(9)))\nout_dir = Path(__file__).stem\n')
@@ -165,7 +165,7 @@ def test_the_config_json_of_a_run_is_a_config_file(config):
         assert refuse(path).startswith(f'{path}: {says}')
 
 
-def test_the_home_folder_is_found_in_options_that_are_paths(config, monkeypatch):
+def test_the_home_folder_is_expanded_in_path_options(config, monkeypatch):
     monkeypatch.setenv('HOME', '/home/li lei')
     home = '/home/li lei/out'
     for path in '~/out', '$HOME/out', '${HOME}/out':
@@ -177,7 +177,7 @@ def test_the_home_folder_is_found_in_options_that_are_paths(config, monkeypatch)
         assert override(f'--out_dir={path}')['out_dir'] == path
 
 
-def test_an_old_launcher_is_sent_to_torchrun():
+def test_torch_distributed_launch_is_refused_in_favor_of_torchrun():
     """torch 2's spelling; torch 1's is in FOREIGN."""
     assert run_here('train.py', '--local-rank=1').err == (
         'train.py: --local-rank=1: unknown option local-rank; torch.distributed.launch adds it: '
@@ -189,7 +189,7 @@ def test_an_old_launcher_is_sent_to_torchrun():
     (configurator.more_than(0), [1], [0, -1], 'more than 0'),
     (configurator.between(0, 2), [0, 1], [-1, 2], '0 or more, and less than 2'),
     (configurator.one_of(5, 7), [5, 7], [6], '5 or 7')])
-def test_the_last_value_of_each_name_is_held_to_its_limit(limit, taken, refused, words, config):
+def test_limits_apply_to_the_final_value_of_each_option(limit, taken, refused, words, config):
     limits = [(limit, ['n_layer', 'width']), (configurator.one_of('out'), ['out_dir'])]
     for value in taken:
         override('--n_layer=99', f'--n_layer={value}', f'--width={value}', limits=limits)
@@ -199,7 +199,7 @@ def test_the_last_value_of_each_name_is_held_to_its_limit(limit, taken, refused,
             assert line == f'--{name}={bad}: expected {words}'
 
 
-def test_a_users_mistake_ends_in_one_line_with_the_rank_and_a_bug_does_not(monkeypatch):
+def test_a_user_error_is_one_line_with_the_rank_and_a_bug_keeps_its_traceback(monkeypatch):
     for bug in KeyError('no'), ValueError('not enough values to unpack'):
         with pytest.raises(type(bug)), configurator.user_errors():
             raise bug
@@ -212,14 +212,14 @@ def test_a_users_mistake_ends_in_one_line_with_the_rank_and_a_bug_does_not(monke
                 raise mistake
 
 
-def test_the_command_to_type_again_has_the_options_that_changed_once(monkeypatch):
+def test_the_suggested_command_has_each_changed_option_once(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py', '--out_dir=a b', '--lr=1'])
     monkeypatch.setattr(configurator, 'interpreter', lambda: 'a b/python')
     assert configurator.command(lr=3, init_from='resume') == (
         "'a b/python' train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
 
 
-def test_the_command_to_type_again_begins_with_this_python(tmp_path, monkeypatch):
+def test_the_suggested_command_begins_with_this_python(tmp_path, monkeypatch):
     for folder in '.venv/bin', 'elsewhere':
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / 'python').touch(mode=0o755)
@@ -235,7 +235,7 @@ def test_the_command_to_type_again_begins_with_this_python(tmp_path, monkeypatch
     assert configurator.interpreter() == f'{ours}3'
 
 
-def test_a_script_of_some_lines_gets_options_errors_and_help(tmp_path, config):
+def test_a_small_script_gets_options_errors_and_help(tmp_path, config):
     script = tmp_path / 'tiny.py'
     script.write_text('''"""A tiny script."""
 import configurator
@@ -262,7 +262,7 @@ print(seed, name)
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
-def test_every_config_is_taken_by_train_py(path):
+def test_train_py_accepts_every_config(path):
     done = run('train.py', path, '--help')
     assert done.code == 0, done.err
 

@@ -66,7 +66,7 @@ def test_every_make_target_and_test_that_the_page_names_exists():
 
 @pytest.mark.parametrize(('has_gpu', 'starts'), [
     (True, '-m pytest tests/test_cuda.py'), (False, '-m venv')])
-def test_the_tests_of_a_gpu_run_in_the_python_that_has_one(has_gpu, starts, tmp_path):
+def test_make_test_cuda_uses_the_python_that_sees_the_gpu(has_gpu, starts, tmp_path):
     python = tmp_path / 'python'  # echoes its arguments, but for two queries
     python.write_text(f"""#!/bin/sh
         case "$*" in
@@ -107,14 +107,14 @@ def apply(repo, old, new, heading):
                 f'them, change CONTRIBUTING.md, too, under "{heading}":\n{old}')
 
 
-def trains(repo, data_set, *options):
+def run_in(repo, data_set, *options):
     """Run TINY steps in the changed copy; return the process, which may have failed."""
     return start(repo / 'train.py', *TINY, f'--dataset={data_set}', '--out_dir=out', *options,
                  cwd=repo).wait()
 
 
-def test_another_position_encoding_trains_resumes_samples_and_is_no_gpt2(tmp_path, data_set,
-                                                                         trained):
+def test_another_position_encoding_trains_resumes_samples_but_is_not_exported(
+        tmp_path, data_set, trained):
     repo = changed_repo(tmp_path, 'Another position encoding')
     spec = importlib.util.spec_from_file_location('rope', repo / 'model.py')
     rope = importlib.util.module_from_spec(spec)
@@ -133,40 +133,40 @@ def test_another_position_encoding_trains_resumes_samples_and_is_no_gpt2(tmp_pat
         idx = torch.cat((idx, logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(generated, idx)
 
-    assert trains(repo, data_set).code == 0
-    assert trains(repo, data_set, '--init_from=resume', '--max_iters=20').code == 0
+    assert run_in(repo, data_set).code == 0
+    assert run_in(repo, data_set, '--init_from=resume', '--max_iters=20').code == 0
     assert [e['iter'] for e in evaluations_of(repo / 'out')] == [0, 10, 20]
-    refused = trains(repo, data_set, '--init_from=resume', f'--out_dir={trained}', '--max_iters=20')
+    refused = run_in(repo, data_set, '--init_from=resume', f'--out_dir={trained}', '--max_iters=20')
     export = start(repo / 'export.py', '--out_dir=out', cwd=repo).wait()
     for ended in (refused, export):
         assert ended.code == 1 and 'wpe' in ended.err and len(ended.err.splitlines()) == 1
     assert not (repo / 'hf').exists()
 
 
-def test_another_optimizer_trains_resumes_and_is_known_by_name(tmp_path, data_set):
+def test_another_optimizer_trains_resumes_and_is_checked_by_name(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'Another optimizer')
     lion = ('--optimizer=lion', '--learning_rate=1e-3', '--min_lr=1e-4')
-    assert trains(repo, data_set, *lion, '--max_iters=30', '--out_dir=whole').code == 0
-    assert trains(repo, data_set, *lion).code == 0
+    assert run_in(repo, data_set, *lion, '--max_iters=30', '--out_dir=whole').code == 0
+    assert run_in(repo, data_set, *lion).code == 0
     resume = '--init_from=resume', '--max_iters=30'
-    refused = trains(repo, data_set, *resume, '--optimizer=adamw')
+    refused = run_in(repo, data_set, *resume, '--optimizer=adamw')
     assert refused.code == 1 and '--optimizer=lion' in refused.err
-    assert trains(repo, data_set, *resume, *lion[1:]).code == 0
+    assert run_in(repo, data_set, *resume, *lion[1:]).code == 0
     first, *_, last = evaluations_of(repo / 'out')
     assert last['val_loss'] < first['val_loss'] - 0.3
     assert last['val_loss'] == evaluations_of(repo / 'whole')[-1]['val_loss']
 
 
-def test_one_more_metric_is_in_the_log(tmp_path, data_set):
+def test_an_added_metric_is_logged(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'One more metric')
-    done = trains(repo, data_set, '--max_iters=30')
+    done = run_in(repo, data_set, '--max_iters=30')
     assert done.code == 0, done.err
     first, *_, last = evaluations_of(repo / 'out')
     assert 0 <= first['val_accuracy'] < last['val_accuracy'] <= 1
     assert f'val accuracy {last["val_accuracy"]:.4f}' in done.out
 
 
-def all_ways(repo, data_set, folder, *options):
+def train_three_ways(repo, data_set, folder, *options):
     """The out_dirs of 20 steps: in one process, in one resumed at step 10, and in two."""
     train = repo / 'train.py'
     options = (*TINY, f'--dataset={data_set}', '--init_from=auto', *options)
@@ -187,9 +187,9 @@ def check_exact(whole, cut, two):
     assert losses_of(two) == pytest.approx(losses_of(whole), abs=1e-4)
 
 
-def test_one_more_term_is_trained_and_the_loss_is_still_the_loss(tmp_path, data_set, trained):
+def test_an_added_loss_term_is_trained_but_not_part_of_the_logged_loss(tmp_path, data_set, trained):
     repo = changed_repo(tmp_path, 'One more term of the loss')
-    whole, cut, two = all_ways(repo, data_set, tmp_path)
+    whole, cut, two = train_three_ways(repo, data_set, tmp_path)
     check_exact(whole, cut, two)
     z_losses = [entry['z_loss'] for entry in steps_of(whole)]
     assert z_losses == pytest.approx([entry['z_loss'] for entry in steps_of(two)], rel=1e-4)
@@ -200,9 +200,9 @@ def test_one_more_term_is_trained_and_the_loss_is_still_the_loss(tmp_path, data_
     assert evaluations_of(whole)[0]['val_loss'] == evaluations_of(trained)[0]['val_loss']
 
 
-def test_an_average_of_the_weights_is_evaluated_resumed_and_sampled(tmp_path, data_set):
+def test_averaged_weights_are_evaluated_resumed_and_sampled(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'An average of the weights')
-    whole, cut, two = all_ways(repo, data_set, tmp_path, '--ema_decay=0.9')
+    whole, cut, two = train_three_ways(repo, data_set, tmp_path, '--ema_decay=0.9')
     check_exact(whole, cut, two)
     ckpt = copy.deepcopy(load_checkpoint(whole / 'ckpt.pt'))
     for name, average in load_checkpoint(two / 'ckpt.pt')['ema'].items():
@@ -212,7 +212,7 @@ def test_an_average_of_the_weights_is_evaluated_resumed_and_sampled(tmp_path, da
     for name, weights in ('raw', ckpt['model']), ('average', ckpt['ema']):
         (tmp_path / name).mkdir()
         torch.save({**ckpt, 'model': weights}, tmp_path / name / 'ckpt.pt')
-        done = trains(ROOT, data_set, f'--out_dir={tmp_path}/{name}', '--init_from=resume',
+        done = run_in(ROOT, data_set, f'--out_dir={tmp_path}/{name}', '--init_from=resume',
                       '--eval_only=True', '--max_iters=20')
         seen.append(re.search(r'val loss ([\d.]+)', done.out)[1])
     raw, average = seen
@@ -234,15 +234,15 @@ def test_a_second_source_has_its_share_of_every_step(tmp_path, data_set):
     ids = torch.randint(31, (4000,), generator=torch.Generator().manual_seed(0)).numpy()
     ids.astype('<u2').tofile(other / 'train.bin')  # at best ln 31 = 3.4 nats per token
     second = f'--dataset_2={other}'
-    check_exact(*all_ways(repo, data_set, tmp_path, second, '--share_2=0.5'))
-    assert trains(repo, data_set, second, '--share_2=0', '--out_dir=none').code == 0
-    assert trains(ROOT, data_set, f'--out_dir={tmp_path}/plain').code == 0
+    check_exact(*train_three_ways(repo, data_set, tmp_path, second, '--share_2=0.5'))
+    assert run_in(repo, data_set, second, '--share_2=0', '--out_dir=none').code == 0
+    assert run_in(ROOT, data_set, f'--out_dir={tmp_path}/plain').code == 0
     assert losses_of(repo / 'none') == losses_of(tmp_path / 'plain')
-    assert trains(repo, data_set, second, '--share_2=1', '--out_dir=all').code == 0
+    assert run_in(repo, data_set, second, '--share_2=1', '--out_dir=all').code == 0
     noise, plain = (evaluations_of(repo / name)[-1]['val_loss'] for name in ('all', 'none'))
     assert noise > plain + 0.3  # the second source carries no information about the first
     chars = write_data_set(tmp_path / 'gpt2', meta=False)
-    refused = trains(repo, data_set, f'--dataset_2={chars}', '--out_dir=no')
+    refused = run_in(repo, data_set, f'--dataset_2={chars}', '--out_dir=no')
     assert refused.code == 1 and 'expected the tokenizer of' in refused.err
 
 
@@ -266,7 +266,7 @@ def test_sharded_processes_train_resume_and_leave_one_ordinary_checkpoint(tmp_pa
 
 
 @pytest.mark.skipif(TORCH < (2, 6), reason='FSDP2 has other names there, or none')
-def test_a_sharded_run_that_lost_a_process_has_its_last_checkpoint(tmp_path, data_set):
+def test_a_sharded_run_that_lost_a_process_keeps_its_last_checkpoint(tmp_path, data_set):
     repo = changed_repo(tmp_path, 'Sharding by FSDP2')
     first, second = start_ranks(
         2, repo / 'train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',

@@ -90,7 +90,7 @@ def train(out_dir, data_set, *options):
 @pytest.mark.parametrize(('dtype', 'compiled', 'tolerance'), [
     ('float32', False, 1e-3), ('float32', True, 1e-3), ('bfloat16', True, 2e-2),
     ('float16', False, 2e-2)])
-def test_a_gpu_trains_as_a_cpu_does(dtype, compiled, tolerance, data_set, tmp_path):
+def test_gpu_and_cpu_losses_agree(dtype, compiled, tolerance, data_set, tmp_path):
     cpu = losses_of(train(tmp_path / 'cpu', data_set))
     gpu = losses_of(train(tmp_path / 'gpu', data_set, '--device=cuda', f'--dtype={dtype}',
                           f'--compile={compiled}'))
@@ -210,7 +210,7 @@ def test_generation_with_the_cache_equals_recomputation(dtype):
 
 
 @needs_gpu
-def test_a_trained_checkpoint_speaks_on_the_gpu(trained):
+def test_a_checkpoint_generates_text_on_the_gpu(trained):
     done = run('sample.py', f'--out_dir={trained}', '--device=cuda', '--start=a',
                '--max_new_tokens=50')
     assert done.code == 0 and 'on cuda' in done.err, done.err

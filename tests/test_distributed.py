@@ -26,7 +26,7 @@ def environ(monkeypatch):
 @pytest.mark.parametrize(('variables', 'expected'), [
     ({}, (0, 0, 1)), ({'RANK': '3', 'WORLD_SIZE': '8'}, (3, 0, 8)),
     ({'RANK': '9', 'LOCAL_RANK': '1', 'WORLD_SIZE': '16'}, (9, 1, 16))])
-def test_the_environment_says_who_a_process_is(environ, variables, expected):
+def test_rank_and_world_size_come_from_the_environment(environ, variables, expected):
     environ(MASTER_ADDR='127.0.0.1', MASTER_PORT='29500', **variables)
     assert distributed.environment() == expected
 
@@ -39,7 +39,7 @@ MEETING = 'WORLD_SIZE=2: expected MASTER_ADDR and MASTER_PORT'
     ({'WORLD_SIZE': '2.0'}, 'WORLD_SIZE=2.0'), ({'WORLD_SIZE': '0'}, 'WORLD_SIZE=0'),
     ({'MASTER_PORT': '29500'}, MEETING), ({'MASTER_ADDR': '127.0.0.1'}, MEETING),
     ({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '65536'}, MEETING)])
-def test_nonsense_in_the_environment_is_named(environ, variables, named):
+def test_invalid_environment_variables_are_named(environ, variables, named):
     environ(**{'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', **variables})
     with pytest.raises(UserError, match=named) as error:
         distributed.environment()
@@ -65,7 +65,7 @@ def share_one_state(rank, port, path):
     torch.save([got, model.state_dict()], f'{path}/{rank}.pt')
 
 
-def test_all_processes_get_rank_0s_state_and_weights_to_the_bit(tmp_path):
+def test_all_processes_get_rank_0s_state_and_weights_bit_for_bit(tmp_path):
     port = str(free_port())
     processes = [FORKS.Process(target=share_one_state, args=(rank, port, tmp_path))
                  for rank in range(2)]
@@ -82,7 +82,7 @@ def test_all_processes_get_rank_0s_state_and_weights_to_the_bit(tmp_path):
         assert differences([state, dict(weights)], expected) == []
 
 
-def test_a_process_alone_keeps_its_state():
+def test_a_single_process_keeps_its_state():
     assert distributed.share(STATE, torch.device('cpu')) is STATE
 
 
@@ -98,7 +98,7 @@ def test_a_process_alone_keeps_its_state():
     ('mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)', False),
     ('Expected all tensors to be on the same device', False),
 ])
-def test_only_a_lost_process_is_taken_for_one(text, lost, environ, monkeypatch):
+def test_only_communication_errors_count_as_a_lost_process(text, lost, environ, monkeypatch):
     ends = Mock(side_effect=SystemExit)
     monkeypatch.setattr(distributed, 'leave', ends)
     environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
@@ -111,7 +111,7 @@ def test_only_a_lost_process_is_taken_for_one(text, lost, environ, monkeypatch):
 # ------------------------------------------------------------------------ when to stop
 
 @pytest.fixture
-def asked(monkeypatch):
+def signals(monkeypatch):
     """A StopRequest, the exit codes with which it would have ended this process (`ends`), and a
     function that sends a signal at a given time in seconds."""
     handlers, ends = {}, []
@@ -128,22 +128,22 @@ def asked(monkeypatch):
 
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_before_the_loop_a_signal_ends_at_once(asked, number, code):
-    asked.send(number)
-    assert asked.ends == [code]
+def test_before_the_loop_a_signal_exits_at_once(signals, number, code):
+    signals.send(number)
+    assert signals.ends == [code]
 
 
-def test_in_the_loop_a_signal_is_noted_and_sigterm_wins(asked):
-    asked.stop.armed = True
+def test_in_the_loop_a_signal_is_recorded_and_sigterm_wins(signals):
+    signals.stop.armed = True
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT
-    assert [asked.send(number) for number in numbers] == [130, 143, 143, 143]
-    assert asked.ends == []
+    assert [signals.send(number) for number in numbers] == [130, 143, 143, 143]
+    assert signals.ends == []
 
 
-def test_a_second_ctrl_c_ends_at_once(asked):
-    asked.stop.armed = True
-    asked.send(signal.SIGINT, 10)
-    asked.send(signal.SIGINT, 10.5)  # torchrun in a terminal forwards it: this is still the first
-    assert asked.ends == []
-    asked.send(signal.SIGINT, 11.6)
-    assert asked.ends == [130]
+def test_a_second_ctrl_c_exits_at_once(signals):
+    signals.stop.armed = True
+    signals.send(signal.SIGINT, 10)
+    signals.send(signal.SIGINT, 10.5)  # torchrun in a terminal forwards it: this is still the first
+    assert signals.ends == []
+    signals.send(signal.SIGINT, 11.6)
+    assert signals.ends == [130]

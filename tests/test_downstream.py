@@ -37,13 +37,13 @@ def exported(tmp_path_factory):
 def greedy_ids(gpt, prompt, n=20):
     """The ids of the prompt, and of the n tokens generated after it."""
     ids = tokens.gpt2_encoding().encode(prompt)
-    told = gpt.generate(torch.tensor([ids]), n, temperature=0, vocab_size=50257)
+    generated = gpt.generate(torch.tensor([ids]), n, temperature=0, vocab_size=50257)
     with torch.no_grad():
-        first, second = gpt(told)[0][0, len(ids) - 1:-1, :50257].topk(2).values.T
-    told = told[0, len(ids):].tolist()
+        first, second = gpt(generated)[0][0, len(ids) - 1:-1, :50257].topk(2).values.T
+    generated = generated[0, len(ids):].tolist()
     # A single repeated token, or a near tie between two, would prove nothing.
-    assert len(set(told)) > 5 and (first - second).min() > 1e-3
-    return ids, told
+    assert len(set(generated)) > 5 and (first - second).min() > 1e-3
+    return ids, generated
 
 
 # ---------------------------------------------------------------------------------- CTranslate2
@@ -84,7 +84,7 @@ def test_ctranslate2_refuses_a_padded_vocabulary(exported, tmp_path):
 
 # ------------------------------------------------------------------- transformers, Trainer, peft
 
-def test_padded_prompts_generate_what_each_does_alone(exported):
+def test_padded_prompts_generate_the_same_as_each_alone(exported):
     gpt, hf = exported
     judge = transformers.AutoModelForCausalLM.from_pretrained(hf)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf, padding_side='left')
@@ -93,8 +93,8 @@ def test_padded_prompts_generate_what_each_does_alone(exported):
     tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(list(PROMPTS), padding=True, return_tensors='pt')
     assert set(batch.attention_mask.sum(1).tolist()) == {1, 7, 19}
-    told = judge.generate(**batch, **GREEDY)[:, batch.input_ids.size(1):]
-    assert told.tolist() == [greedy_ids(gpt, prompt)[1] for prompt in PROMPTS]
+    generated = judge.generate(**batch, **GREEDY)[:, batch.input_ids.size(1):]
+    assert generated.tolist() == [greedy_ids(gpt, prompt)[1] for prompt in PROMPTS]
 
 
 # Options of runs on a data set of one row: every draw is that row.
@@ -158,7 +158,7 @@ def test_models_tuned_elsewhere_train_and_sample_here(kind, exported, tmp_path):
     assert (ckpt['model_args']['block_size'], ckpt['model_args']['dropout']) == (T // 2, 0.1)
 
 
-def test_a_folder_of_other_tokens_is_refused_and_extra_tokens_are_named(exported, tmp_path):
+def test_another_vocabulary_is_refused_and_extra_embeddings_are_reported(exported, tmp_path):
     _, hf = exported
     data = write_rows(tmp_path / 'data', range(T + 1))
     judge = transformers.AutoModelForCausalLM.from_pretrained(hf)
@@ -182,7 +182,7 @@ LM_EVAL = ROOT / '.venv-lm-eval' / 'bin' / 'lm_eval'
 
 @pytest.mark.long
 @pytest.mark.skipif(not LM_EVAL.exists(), reason='`make test-long` installs lm-eval')
-def test_lm_eval_measures_what_eval_only_does(exported, tmp_path):
+def test_lm_eval_agrees_with_eval_only(exported, tmp_path):
     _, hf = exported
     encoding = tokens.gpt2_encoding()
     ids = encoding.encode(' '.join(PROMPTS * 9))[:T]

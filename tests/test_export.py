@@ -62,7 +62,7 @@ def folder(tmp_path):
 
 # ------------------------------------------------------------------------------- weights in
 
-def judged_equal(gpt2, folder):
+def load_and_compare(gpt2, folder):
     """Load the folder; check that it has the logits and the greedy text of transformers' gpt2."""
     gpt = GPT.from_pretrained(folder).eval()
     V, T = gpt2.config.vocab_size, min(gpt2.config.n_positions // 2, 24)
@@ -82,11 +82,11 @@ def judged_equal(gpt2, folder):
     *(pytest.param({'n_layer': L, 'n_head': nh, 'n_embd': C}, 'float32', '300MB',
                    marks=pytest.mark.long)
       for L, nh, C in ((12, 12, 768), (24, 16, 1024), (3, 20, 1280), (3, 25, 1600)))])
-def test_transformers_models_of_any_size_precision_and_shards_are_the_same_here(
+def test_transformers_models_of_any_size_dtype_and_sharding_give_the_same_logits(
         shape, dtype, shard, tmp_path):
     gpt2 = transformers_gpt2(std=0.3 if shape is TINY else 0.02, **shape).to(getattr(torch, dtype))
     gpt2.save_pretrained(tmp_path, max_shard_size=shard)
-    assert judged_equal(gpt2.float(), tmp_path).config == GPTConfig(**shape)
+    assert load_and_compare(gpt2.float(), tmp_path).config == GPTConfig(**shape)
 
 
 def test_old_and_new_names_of_tensors_are_read(folder):
@@ -104,7 +104,7 @@ def test_old_and_new_names_of_tensors_are_read(folder):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_a_head_that_is_not_the_embedding_is_refused(dtype, folder):
+def test_an_untied_head_is_refused(dtype, folder):
     """Compared in the precision of the file; without its head it would be another model."""
     path = folder / 'model.safetensors'
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
@@ -125,10 +125,10 @@ def test_transformers_other_name_of_the_activation_is_read(tmp_path):
     gpt2 = transformers_gpt2(std=0.3, **TINY, activation_function='gelu_pytorch_tanh')
     gpt2.save_pretrained(tmp_path)
     assert 'gelu_pytorch_tanh' in (tmp_path / 'config.json').read_text()
-    judged_equal(gpt2, tmp_path)
+    load_and_compare(gpt2, tmp_path)
 
 
-def test_the_block_may_shrink_and_not_grow(folder):
+def test_block_size_may_shrink_but_not_grow(folder):
     whole, idx = GPT.from_pretrained(folder, block_size=16).eval(), torch.randint(61, (1, 6))
     short = GPT.from_pretrained(folder, block_size=6, dropout=0.2).eval()
     assert short.config == GPTConfig(**{**TINY, 'block_size': 6, 'dropout': 0.2})
@@ -196,7 +196,7 @@ def test_a_bug_keeps_its_traceback(step, folder, tmp_path, monkeypatch):
     assert caught.value is bug
 
 
-def test_pickled_weights_are_not_read_and_the_line_says_how_to_convert_them(folder):
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(folder):
     weights, expected = folder / 'model.safetensors', GPT.from_pretrained(folder)
     torch.save(load_file(weights), folder / 'pytorch_model.bin')
     weights.unlink()
@@ -256,7 +256,7 @@ print(1024 * (memory('VmHWM') - before) / (4 * gpt.num_params()))
 # ------------------------------------------------------------------------------- weights out
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_what_is_saved_is_gpt2_to_transformers_and_comes_back(bias, tmp_path):
+def test_a_saved_model_loads_in_transformers_and_round_trips(bias, tmp_path):
     gpt, idx = random_gpt(bias=bias), torch.randint(61, (2, 16))
     new, empty = tmp_path / 'new' / 'folder', tmp_path / 'empty'
     gpt.save_pretrained(new)
@@ -276,7 +276,7 @@ def test_what_is_saved_is_gpt2_to_transformers_and_comes_back(bias, tmp_path):
     assert len(modes) == 1  # safetensors itself makes files that only the owner can read
 
 
-def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
+def test_dtype_and_vocabulary_can_be_reduced_when_saving(tmp_path):
     gpt = random_gpt(bias=False)
     gpt.save_pretrained(tmp_path / 'hf', dtype=torch.bfloat16, vocab_size=50)
     tensors = load_file(tmp_path / 'hf' / 'model.safetensors')
@@ -285,7 +285,7 @@ def test_the_files_dtype_and_vocabulary_can_be_cut(tmp_path):
     judge = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / 'hf', torch_dtype='auto')  # transformers 4 takes float32 otherwise
     assert judge.dtype == torch.bfloat16 and judge.config.vocab_size == 50
-    judged_equal(judge.float(), tmp_path / 'hf')
+    load_and_compare(judge.float(), tmp_path / 'hf')
     with pytest.raises(UserError, match=r'\(61, 16\), but the format expects \(62, 16\)'):
         gpt.save_pretrained(tmp_path / 'more', vocab_size=62)
 
@@ -349,7 +349,7 @@ def gpt2_checkpoint(path, **more):
     return save_checkpoint(path, random_gpt(vocab_size=50304, bias=False, block_size=32), **more)
 
 
-def test_a_pipeline_needs_nothing_else(tmp_path):
+def test_an_export_works_in_a_pipeline_as_it_is(tmp_path):
     gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
     hf = tmp_path / 'hf'
     said = export(f'--out_dir={tmp_path / "out"}', f'--hf_dir={hf}')
@@ -399,7 +399,7 @@ def test_models_without_gpt2s_tokenizer_export_without_one_and_say_so(kind, more
     ('--dtype=int8', '--dtype=int8: expected float32 or'), ('--dtyp=float32', 'did you mean dtype'),
     *((f'--hf_dir={name}', f'{name} exists and is not empty: expected a new or an empty folder')
       for name in ('ours', 'notes', 'file'))])  # an existing model, notes, and a file
-def test_mistakes_end_in_one_line_and_lose_nothing(option, said, tmp_path, monkeypatch):
+def test_user_errors_are_one_line_and_lose_nothing(option, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / 'out' / 'ckpt.pt', random_gpt()).save_pretrained('ours')
     (tmp_path / 'notes').mkdir()
@@ -425,7 +425,7 @@ def test_a_full_disk_is_one_line_and_no_model(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ['out']  # nothing is left on the disk
 
 
-def test_a_killed_export_leaves_nothing_half_and_is_not_in_the_way(tmp_path, monkeypatch):
+def test_a_killed_export_leaves_no_partial_folder_and_can_be_repeated(tmp_path, monkeypatch):
     gpt2_checkpoint(tmp_path / 'out' / 'ckpt.pt', meta=META)
     options = f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}'
     with monkeypatch.context() as patch:

@@ -121,7 +121,7 @@ def hosts():
 
 @namespaces
 @pytest.mark.parametrize('limit_s', [4, pytest.param(25, marks=pytest.mark.long)])
-def test_who_waits_for_a_first_that_has_vanished_asks_for_a_restart_and_then_trains(
+def test_ranks_waiting_for_a_vanished_rank_0_exit_for_a_restart_and_then_train(
         limit_s, hosts, data_set, tmp_path):
     """Rank 0 comes back at another address under the same name."""
     for number in 1, 2, 3:
@@ -154,7 +154,7 @@ def test_who_waits_for_a_first_that_has_vanished_asks_for_a_restart_and_then_tra
 
 @namespaces
 @pytest.mark.parametrize('silently', [True, pytest.param(False, marks=pytest.mark.long)])
-def test_a_cut_between_two_of_four_costs_no_restart(silently, hosts, data_set, tmp_path):
+def test_a_link_cut_between_two_of_four_hosts_costs_no_restart(silently, hosts, data_set, tmp_path):
     for number in 1, 2, 3, 4:
         hosts.add(number)
     hosts.cut(2, 3, silently)
@@ -176,8 +176,7 @@ def steps_of_or_none(out_dir):
 
 @namespaces
 @pytest.mark.long
-def test_a_node_of_a_torchrun_job_that_was_cut_off_for_more_than_a_minute_is_back_after_it(
-        hosts, data_set, tmp_path):
+def test_a_torchrun_node_that_was_cut_off_for_more_than_a_minute_rejoins(hosts, data_set, tmp_path):
     """With torch's default of 60 s the rendezvous closes for good, and every pod restart fails."""
     for number in 1, 2:
         hosts.add(number)

@@ -35,7 +35,7 @@ UNKNOWN = 'gpu', 'cuda:x', 'cuda:-1', 'cuda:²', 'cpu:0', 'cuda:0:1', 'CUDA', ':
     (APPLE, 'auto', 3, 'mps'), (NONE, 'auto', 3, 'cpu'), (TWO, 'cpu', 0, 'cpu'),
     (TWO, 'mps', 0, 'mps'), (TWO, 'cuda', 0, 'cuda:0'), (TWO, 'cuda', 1, 'cuda:1'),
     (TWO, 'cuda:1', 0, 'cuda:1'), (TWO, 'cuda:0', 1, 'cuda:0'), (TWO, 'cuda:', 0, 'cuda:0')])
-def test_the_device_is_the_one_asked_for_or_the_best(has, asked, local_rank, device, machine):
+def test_the_device_is_the_requested_or_the_best_one(has, asked, local_rank, device, machine):
     chosen = machine(**has)
     assert resolve_device(asked, local_rank) == device
     assert chosen == ([int(device[5:])] if device.startswith('cuda') else [])
@@ -47,7 +47,7 @@ def test_the_device_is_the_one_asked_for_or_the_best(has, asked, local_rank, dev
     (TWO, 'auto', 2, 'cuda:2: this machine has 2 GPUs: start one process per GPU, and set LOCAL'),
     ({'names': ['A100']}, 'mps', 0, '--device=mps: not available on this machine; type'),
     (NONE, 'cuda:1', 0, '--device=cuda:1: not available on this machine; type')])
-def test_a_device_that_is_not_there_is_refused(has, asked, local_rank, says, machine):
+def test_an_unavailable_device_is_refused(has, asked, local_rank, says, machine):
     machine(**has)
     with pytest.raises(UserError, match=f'^{says}.*$'):
         resolve_device(asked, local_rank)
@@ -60,12 +60,12 @@ def test_a_device_that_is_not_there_is_refused(has, asked, local_rank, says, mac
     *(('cpu', {'cpu_flags': f}, 'float32') for f in ['avx2', 'no_avx512_bf16', 'amx_bf16x']),
     ('cpu', {'cpu_flags': None}, 'float32'),  # not Linux
     ('mps', {'cpu_flags': 'avx512_bf16', 'mps': True}, 'float32')])
-def test_auto_computes_in_bfloat16_where_the_hardware_has_it(device, has, dtype, machine):
+def test_auto_dtype_is_bfloat16_where_the_hardware_supports_it(device, has, dtype, machine):
     machine(**has)
     assert resolve_dtype('auto', device) == dtype
 
 
-def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
+def test_a_requested_dtype_is_used_where_possible(machine):
     machine(['V100'], (7, 0))
     for dtype in ('float32', 'bfloat16', 'float16'):
         assert resolve_dtype(dtype, 'cuda:0') == dtype
@@ -89,7 +89,7 @@ def test_a_dtype_that_was_asked_for_is_taken_where_it_can_be(machine):
     ('NVIDIA GeForce RTX 4090 D', 0), ('NVIDIA GeForce RTX 4090 Laptop GPU', 0), ('NVIDIA H20', 0),
     ('NVIDIA A10G', 0), ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', 0),
     ('NVIDIA H100 80GB HBM3 MIG 3g.40gb', 0), ('NVIDIA GeForce RTX 2080 Ti', 0)])
-def test_the_peak_is_that_of_the_data_sheet(name, flops, machine):
+def test_peak_flops_are_those_of_the_data_sheet(name, flops, machine):
     machine(['another', name])
     assert peak_flops('cuda:1') == flops
     assert peak_flops('cpu') == peak_flops('mps') == 0

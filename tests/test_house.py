@@ -55,7 +55,7 @@ def imports_of(node):
 
 
 @pytest.mark.parametrize('script', sorted(SCRIPTS))
-def test_a_script_sets_its_threads_before_all_else(script):
+def test_a_script_imports_support_threads_first(script):
     _, first, *_ = parsed(ROOT / f'{script}.py').body  # after the docstring
     assert imports_of(first) == {'support.threads'}, 'import it first: torch reads what it sets'
 
@@ -69,7 +69,7 @@ def is_ours(name):
 
 
 @each_source
-def test_a_file_imports_only_what_it_may(path):
+def test_a_module_imports_only_what_it_may(path):
     module = module_of(path)
     allowed = MAY_IMPORT.get(module, OURS - {'prepare'})
     for name in imports_of(parsed(path)):
@@ -82,7 +82,7 @@ def test_a_file_imports_only_what_it_may(path):
             f'{module} imports {name}, which is not in requirements.txt: use support.huggingface')
 
 
-def test_imports_have_no_circle():
+def test_imports_have_no_cycle():
     graph = {}
     for path in SOURCES:
         graph[module_of(path)] = {name for name in imports_of(parsed(path)) if name in OURS}
@@ -93,7 +93,7 @@ def test_imports_have_no_circle():
         pytest.fail(f'{circle}: move what two of them need into a separate module in support/')
 
 
-def test_the_model_needs_torch_alone():
+def test_model_py_needs_only_torch():
     """So that it can be read and copied alone. Hugging Face's format is imported where needed."""
     tree = parsed(ROOT / 'model.py')
     for name in imports_of(tree):

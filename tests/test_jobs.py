@@ -49,7 +49,7 @@ def long(*cases):
 # ------------------------------------------------------------------- what the manifests say
 
 @pytest.mark.parametrize('name', PLAIN)
-def test_a_plain_manifest_is_valid_in_both_dialects_also_in_a_queue(name, tmp_path):
+def test_a_plain_manifest_is_valid_in_both_dialects_with_and_without_a_queue(name, tmp_path):
     text = (ROOT / name).read_text()
     (tmp_path / name).write_text(re.sub('^  # ', '  ', text, flags=re.MULTILINE))
     for dialect in SCHEMAS:
@@ -66,7 +66,7 @@ def test_the_torchrun_manifest_is_elastic_in_both_dialects():
 
 
 @pytest.mark.parametrize('name', MANIFESTS)
-def test_a_manifest_has_its_own_name_and_names_files_options_and_folders_that_exist(name):
+def test_a_manifest_has_a_unique_name_and_refers_to_existing_files_and_options(name):
     job, container = manifest(name), container_of(manifest(name))
     names = [manifest(other)['metadata']['name'] for other in MANIFESTS]
     assert names.count(job['metadata']['name']) == 1
@@ -86,7 +86,7 @@ def test_a_manifest_has_its_own_name_and_names_files_options_and_folders_that_ex
 
 
 @pytest.mark.parametrize('name', MANIFESTS)
-def test_a_manifest_asks_for_what_its_processes_need(name):
+def test_a_manifest_requests_what_its_processes_need(name):
     spec = manifest(name)['spec']
     replica, container = spec['replicaSpecs'][0], container_of(manifest(name))
     needs, limits = container['resources']['requests'], container['resources']['limits']
@@ -206,8 +206,8 @@ def moment(phase, rng, folder):
     (2, ((1, 'step'), (0, 'evaluation')), 0), *long(
         *((2, ((1, a), (0, b)), seed) for a, b, seed in product(PHASES, PHASES, (1, 2))),
         *((3, ((1, 'step'), (2, phase)), seed) for phase, seed in product(PHASES, (1, 2))))])
-def test_workers_lost_at_any_moment_are_made_good(replicas, losses, seed, tmp_path, data_set,
-                                                  undisturbed):
+def test_a_job_recovers_exactly_from_workers_lost_at_any_moment(
+        replicas, losses, seed, tmp_path, data_set, undisturbed):
     rng = random.Random(f'{losses} {seed}')
     with job_of(tmp_path, data_set, replicas=replicas) as job:
         for replica, phase in losses:
@@ -233,7 +233,8 @@ JOINING = '_the_roll', 'TCPStore', 'init_process_group', 'all_reduce'  # suffixe
 @pytest.mark.parametrize(('function', 'victims', 'size'), [
     ('_the_roll', '01', 2),
     *long(*product(JOINING[1:], ['01'], [2]), *product(JOINING, ['2'], [4]))])
-def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, tmp_path, data_set):
+def test_a_process_lost_while_joining_does_not_block_the_others(
+        function, victims, size, tmp_path, data_set):
     """Each victim in turn is killed when that function returns; of four, one more at once."""
     (died := tmp_path / 'died').touch()
     job = patched(manifest('job.yaml'), tmp_path, f"""
@@ -262,7 +263,7 @@ def test_a_process_lost_while_joining_holds_up_nobody(function, victims, size, t
 
 
 @pytest.mark.parametrize(('replica', 'timeout_s'), [(1, 7), *long((1, 20), (0, 20))])
-def test_a_worker_that_hangs_is_lost_after_dist_timeout_and_not_before(
+def test_a_hung_worker_counts_as_lost_after_dist_timeout_and_not_before(
         replica, timeout_s, tmp_path, data_set, undisturbed):
     """These timeouts are longer than the one under which the processes connected."""
     with job_of(tmp_path, data_set, f'--dist_timeout={timeout_s}') as job:
@@ -288,7 +289,7 @@ def preempt(job, folder, until, code=143, replicas=(0, 1)):
 
 @pytest.mark.parametrize(('step', 'replicas'), [  # stopping one is enough
     (7, [1]), *long((1, [0, 1]), (9, [0, 1]), (10, [0]), (23, [0, 1]))])
-def test_preempted_workers_resume_later_from_what_the_first_rank_saved(
+def test_preempted_workers_resume_from_what_rank_0_saved(
         step, replicas, tmp_path, data_set, trained, undisturbed):
     """A shared disk can show a checkpoint to one node and not yet, or no longer, to another."""
     with job_of(tmp_path, data_set, others=[f'--out_dir={trained}']) as job:
@@ -311,7 +312,7 @@ def test_a_preempted_gpt2_saves_1_4_gb_within_the_grace_period(tmp_path):
     ('--n_layers=3', 'n_layer?', 0, 'ExitCode'), ('--dataset=nowhere', 'nowhere', 1, 'OnFailure'),
     *long(('--dataset=nowhere', 'nowhere', 0, 'ExitCode'),
           ('--n_layers=3', 'n_layer?', 24, 'OnFailure'))])
-def test_a_mistake_ends_each_attempt_in_seconds_until_the_budget_is_used_up(
+def test_a_user_error_ends_each_attempt_in_seconds_up_to_backoff_limit(
         option, telling, restarts, policy, tmp_path, data_set):
     job = manifest('job.yaml')
     job['spec']['replicaSpecs'][0]['restartPolicy'] = policy
@@ -320,10 +321,10 @@ def test_a_mistake_ends_each_attempt_in_seconds_until_the_budget_is_used_up(
         # Far less than the half hour for which processes wait for each other.
         assert job.run(limit_s=120 * (restarts + 1)) == 'Failed', job.logs()
         assert job.restarts == restarts and {code for _, code in job.ends} == {1}
-        told = [line for i in (0, 1) for line in job.log(i).splitlines()]
-    for line in told:
+        lines = [line for i in (0, 1) for line in job.log(i).splitlines()]
+    for line in lines:
         assert re.match(r'train\.py: rank [01]: ', line) and telling in line
-    assert len(job.ends) <= len(told) <= len(job.ends) + 1
+    assert len(job.ends) <= len(lines) <= len(job.ends) + 1
 
 
 # ------------------------------------------------------------------------------ elasticity
@@ -367,13 +368,12 @@ def elastic(request, data_set, tmp_path_factory):
         yield folder, thread.submit(shrink_and_grow, folder, data_set) if wanted else None
 
 
-def test_a_torchrun_job_shrinks_and_grows_without_a_trace_in_its_losses(elastic, tmp_path,
-                                                                        data_set):
+def test_a_torchrun_job_shrinks_and_grows_without_changing_its_losses(elastic, tmp_path, data_set):
     folder, future = elastic
     assert [processes for processes, _ in future.result(timeout=450)] == [2, 1, 2]
     steps = steps_of(folder / 'out')
     done = run_here('train.py', *OPTIONS, *ENDLESS, f'--max_iters={steps[-1]["iter"]}',
                     f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
     assert done.code == 0, done.err
-    losses, calm = ([e['loss'] for e in told] for told in (steps, steps_of(tmp_path / 'out')))
+    losses, calm = ([e['loss'] for e in run] for run in (steps, steps_of(tmp_path / 'out')))
     assert losses == pytest.approx(calm, abs=1e-4)

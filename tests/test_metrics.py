@@ -24,7 +24,7 @@ from support.owner import Owner
 
 EVALUATION = {'train_loss': 3.0, 'val_loss': 3.5, 'eval_s': 0.25}
 WHOLE = [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),
-         (5, False), (6, False), (6, True)]  # what `told` returns for a run of 6 steps
+         (5, False), (6, False), (6, True)]  # what `steps_logged` returns for a run of 6 steps
 
 
 def make(out_dir, iter_num=0, evaluated=False, peak_tok_per_sec=0.0, **config):
@@ -51,7 +51,7 @@ def write_run(out_dir, last, start=0, evaluated=False):
     log.close()
 
 
-def told(out_dir):
+def steps_logged(out_dir):
     """(step, whether it is an evaluation) of each line."""
     return [(entry['iter'], 'val_loss' in entry) for entry in log_of(out_dir)]
 
@@ -59,18 +59,18 @@ def told(out_dir):
 @pytest.mark.parametrize(('last', 'step', 'evaluated'), [
     *[(step + lead, step, step % 2 == 0) for step in range(7) for lead in range(4)],
     (4, 4, False)])  # killed between the evaluation's line and its checkpoint: evaluated again
-def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back_to_it(last, step, evaluated, tmp_path):
+def test_a_log_ahead_of_the_checkpoint_is_truncated_to_it(last, step, evaluated, tmp_path):
     """A checkpoint at `step` includes its evaluation if one was due."""
     write_run(tmp_path, last)
     write_run(tmp_path, 6, step, evaluated)
-    assert told(tmp_path) == WHOLE
+    assert steps_logged(tmp_path) == WHOLE
 
 
 @pytest.mark.parametrize('lost', [0, 1, 2, 20])
 @pytest.mark.parametrize('damage', [b'', b'\0' * 30, b'\xff\xfe', b'{"iter": 3, "l{"iter": 9}',
                                     b'7', b'[]', b'{"loss": 1}', b'{"iter": 1e999}',
                                     b'{"iter": 1, "loss": "1"}'])
-def test_a_damaged_line_costs_no_other(damage, lost, tmp_path):
+def test_a_damaged_line_loses_no_other_line(damage, lost, tmp_path):
     """A kill can leave a partial last line, a node crash anything: the run still resumes."""
     write_run(tmp_path, last=5)
     path = tmp_path / 'log.jsonl'
@@ -78,11 +78,11 @@ def test_a_damaged_line_costs_no_other(damage, lost, tmp_path):
     text = b''.join([*lines[:4], damage, b'\n', *lines[4:]])
     path.write_bytes(text[:len(text) - lost])
     write_run(tmp_path, start=4, evaluated=True, last=6)
-    assert told(tmp_path) == WHOLE
+    assert steps_logged(tmp_path) == WHOLE
 
 
 @pytest.mark.parametrize('bug', [TypeError, KeyError, ValueError])
-def test_a_bug_of_our_own_does_not_pass_for_damage(bug, tmp_path, monkeypatch):
+def test_a_bug_is_not_taken_for_a_damaged_log(bug, tmp_path, monkeypatch):
     write_run(tmp_path, last=5)
     monkeypatch.setattr(metrics, 'is_entry', mock.Mock(side_effect=bug))
     with pytest.raises(bug):
@@ -90,15 +90,15 @@ def test_a_bug_of_our_own_does_not_pass_for_damage(bug, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('board', [True, False])
-def test_tensorboard_tells_each_step_once_after_a_cut_and_can_be_missing(board, tmp_path,
-                                                                        monkeypatch):
+def test_tensorboard_has_each_step_once_after_a_resume_and_may_be_missing(
+        board, tmp_path, monkeypatch):
     if board:
         reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     else:
         monkeypatch.setitem(sys.modules, 'tensorboard.compat.proto.event_pb2', None)  # import fails
     write_run(tmp_path, last=5)
     write_run(tmp_path, start=3, last=6)
-    assert told(tmp_path) == WHOLE
+    assert steps_logged(tmp_path) == WHOLE
     assert (tmp_path / 'tb').exists() == board and not list(tmp_path.glob('*.tmp'))
     if board:
         events = reader.EventAccumulator(str(tmp_path / 'tb')).Reload()
@@ -108,7 +108,7 @@ def test_tensorboard_tells_each_step_once_after_a_cut_and_can_be_missing(board, 
         assert {*numbers(1), *EVALUATION, 'tok_per_sec'} <= {*events.Tags()['scalars']}
 
 
-def test_a_number_of_ones_own_is_the_mean_since_the_line_before(tmp_path):
+def test_a_custom_metric_is_logged_as_its_mean_since_the_previous_line(tmp_path):
     """Even one that only some steps have; loss and gradient norm are those of the line's step."""
     log = make(tmp_path, log_interval=5)
     for i in range(1, 11):
@@ -121,17 +121,17 @@ def test_a_number_of_ones_own_is_the_mean_since_the_line_before(tmp_path):
     assert first['loss'] == -1.0 and first['grad_norm'] == 1.0
 
 
-def test_every_third_step_and_the_last_tell_the_mean_speed_since_the_line_before(tmp_path, capsys):
+def test_log_lines_have_the_mean_speed_since_the_previous_line(tmp_path, capsys):
     log = make(tmp_path, peak_tok_per_sec=2000, log_interval=3)
     for i in range(1, 11):
         norm = math.inf if i == 10 else 1.0  # float16's scaler skips such a step
         log.step(i, 0.1 * i, {'loss': 4.0 - i, 'grad_norm': norm, 'lr': 1e-3, 'half_loss': 0.5})
     log.close()
-    told = log_of(tmp_path)
-    assert [e['iter'] for e in told] == [3, 6, 9, 10]
-    assert [e['grad_norm'] for e in told] == [1.0, 1.0, 1.0, None]  # JSON has no infinity
-    assert [e['dt_ms'] for e in told] == pytest.approx([200, 500, 800, 1000])
-    for e in told:
+    entries = log_of(tmp_path)
+    assert [e['iter'] for e in entries] == [3, 6, 9, 10]
+    assert [e['grad_norm'] for e in entries] == [1.0, 1.0, 1.0, None]  # JSON has no infinity
+    assert [e['dt_ms'] for e in entries] == pytest.approx([200, 500, 800, 1000])
+    for e in entries:
         assert e['tok_per_sec'] == pytest.approx(100 / (e['dt_ms'] / 1000))
         assert e['mfu'] == pytest.approx(e['tok_per_sec'] / 2000)
     parts = ['step 3', 'loss 1.0000', 'grad norm 1.000', 'lr 1.00e-03', 'half loss 0.5000',
@@ -160,18 +160,18 @@ def test_a_terminal_shows_a_bar_and_the_evaluations_above_it(tmp_path, monkeypat
 
 # --------------------------------------------------------------- writers that fail, and long logs
 
-def test_a_board_that_cannot_be_imported_is_turned_off_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_broken_tensorboard_is_turned_off_in_one_line(tmp_path, monkeypatch, capsys):
     """Such as tensorboard 2.9 with an incompatible protobuf."""
     pytest.importorskip('tensorboard')
     broken = mock.Mock(side_effect=TypeError('Descriptors cannot be created directly.'))
     monkeypatch.setattr(metrics, 'Board', broken)
     write_run(tmp_path, last=6)
-    assert told(tmp_path) == WHOLE
+    assert steps_logged(tmp_path) == WHOLE
     off = 'TensorBoard is turned off: TypeError: Descriptors cannot be created directly.\n'
     assert capsys.readouterr().out.count(off) == 1
 
 
-def test_a_board_whose_disk_is_full_is_turned_off_in_one_line(tmp_path, monkeypatch, capsys):
+def test_tensorboard_is_turned_off_in_one_line_when_the_disk_is_full(tmp_path, monkeypatch, capsys):
     pytest.importorskip('tensorboard')
     log = make(tmp_path)
     full = open('/dev/full', 'wb')
@@ -184,14 +184,14 @@ def test_a_board_whose_disk_is_full_is_turned_off_in_one_line(tmp_path, monkeypa
     assert capsys.readouterr().out.count('TensorBoard is turned off: OSError: ') == 1
 
 
-def test_a_log_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_log_is_named(tmp_path):
     log = make(tmp_path)
     log.file = open('/dev/full', 'w', buffering=1)
     with pytest.raises(OSError, match=r'log\.jsonl: cannot be written: No space left'):
         log.step(1, 0.1, numbers(1))
 
 
-def test_of_a_long_log_every_evaluation_and_some_steps_go_to_tensorboard():
+def test_tensorboard_gets_every_evaluation_and_some_steps_of_a_long_log():
     entries = []
     for i in range(12_001):
         entries.append({'iter': i, 'loss': 1.0})
@@ -230,12 +230,12 @@ def train_with(output, data_set, out_dir, *words):
 
 
 @pytest.mark.parametrize('output', ['> /dev/full', '>&-', '2>&- >&-', '| head -n 1 > /dev/null'])
-def test_output_that_cannot_be_written_ends_no_run(output, data_set, tmp_path):
+def test_unwritable_output_does_not_end_a_run(output, data_set, tmp_path):
     assert train_with(output, data_set, tmp_path / 'out') == (0, 30, '')
 
 
 @pytest.mark.parametrize(('words', 'code', 'last'), [((), 129, None), (('nohup',), 0, 300)])
-def test_a_terminal_that_is_closed_stops_a_run_like_sigterm_and_nohup_keeps_it(
+def test_closing_the_terminal_stops_a_run_like_sigterm_unless_under_nohup(
         words, code, last, data_set, tmp_path):
     """A closed SSH session: the terminal is gone, its processes get SIGHUP."""
     out_dir = tmp_path / 'out'

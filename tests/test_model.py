@@ -74,7 +74,7 @@ def loss_per_token(logits, targets):
     return logits.logsumexp(-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
 
 
-def test_targets_of_minus_one_are_left_out_of_the_mean_and_logits_are_not_returned():
+def test_targets_of_minus_one_are_ignored_and_logits_are_not_returned():
     gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 2, 12))
     ignored = torch.rand(2, 12) < 0.4
     logits, loss = gpt(idx, targets.masked_fill(ignored, -1))
@@ -83,14 +83,14 @@ def test_targets_of_minus_one_are_left_out_of_the_mean_and_logits_are_not_return
     assert gpt(idx, torch.full_like(idx, -1))[1].isnan()  # a mean over nothing
 
 
-def test_the_loss_is_computed_in_float32_also_for_weights_in_bfloat16():
+def test_the_loss_is_computed_in_float32_even_for_bfloat16_weights():
     gpt, (idx, targets) = random_gpt().bfloat16(), torch.randint(61, (2, 2, 12))
     loss = gpt(idx, targets)[1]
     assert loss.dtype == torch.float32
     assert_close(loss, loss_per_token(gpt(idx)[0].float(), targets).mean(), 'loss', 1e-6)
 
 
-def test_gradients_can_be_differentiated_again(plain_attention):
+def test_second_order_gradients_are_correct(plain_attention):
     """As a gradient penalty requires."""
     gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 2, 12))
     params, results = list(gpt.parameters()), []
@@ -103,7 +103,7 @@ def test_gradients_can_be_differentiated_again(plain_attention):
 
 
 @pytest.mark.skipif(not hasattr(torch, 'func'), reason='torch < 2.0 has no torch.func')
-def test_torch_func_gives_the_gradients_of_each_sequence(plain_attention):
+def test_torch_func_gives_per_sequence_gradients(plain_attention):
     gpt, (idx, targets) = random_gpt(), torch.randint(61, (2, 3, 12))
 
     def loss_of(params, idx, targets):
@@ -131,7 +131,7 @@ def test_the_model_compiles_as_one_graph_with_the_same_loss_and_gradients():
 # ------------------------------------------------------------------------------- attention, dropout
 
 @pytest.mark.parametrize('T', [1, 2, 7, 256, 257])
-def test_attention_without_torchs_own_and_in_bfloat16_is_near_it(T, monkeypatch):
+def test_bfloat16_and_unfused_attention_are_close_to_fused_float32(T, monkeypatch):
     qkv = [torch.randn(2, 4, n, 16) for n in (T, T if T > 1 else 5, T if T > 1 else 5)]
 
     def results(dtype):
@@ -156,7 +156,7 @@ def share_of_zeros(x):
     return x.eq(0).float().mean().item()
 
 
-def test_dropout_acts_on_the_embeddings_and_on_both_branches_in_training_alone():
+def test_dropout_applies_to_embeddings_and_both_branches_only_in_training():
     gpt = random_gpt(dropout=0.3)
     block, seen = gpt.transformer.h[1], {}
     gpt.transformer.h[0].register_forward_pre_hook(lambda _, x: seen.update(embeddings=x[0]))
@@ -171,7 +171,7 @@ def test_dropout_acts_on_the_embeddings_and_on_both_branches_in_training_alone()
 
 
 @pytest.mark.parametrize('fused', [True, False])
-def test_dropout_acts_on_the_weights_of_attention_in_training_alone(fused, monkeypatch):
+def test_dropout_applies_to_attention_weights_only_in_training(fused, monkeypatch):
     if not fused:
         monkeypatch.delattr(F, 'scaled_dot_product_attention', raising=False)
     attn = random_gpt(dropout=0.3).transformer.h[0].attn
@@ -222,7 +222,7 @@ def test_parameter_counts_are_those_published_and_flops_follow(config, n_params,
     assert gpt.train_flops_per_token() == flops
 
 
-def test_flops_are_those_that_pytorch_counts(plain_attention):
+def test_flops_agree_with_pytorchs_counter(plain_attention):
     FlopCounterMode = pytest.importorskip('torch.utils.flop_counter').FlopCounterMode
     gpt = random_gpt(block_size=64, vocab_size=200, n_head=2, n_embd=32)
     idx = torch.randint(200, (2, 64))
@@ -232,7 +232,7 @@ def test_flops_are_those_that_pytorch_counts(plain_attention):
     assert counter.get_total_flops() / 128 == pytest.approx(gpt.train_flops_per_token(), rel=0.03)
 
 
-def test_fresh_weights_have_gpt2s_spread():
+def test_initial_weights_have_gpt2s_standard_deviations():
     gpt = GPT(GPTConfig(block_size=256, vocab_size=500, n_layer=8, n_head=2, n_embd=128))
     for name, p in gpt.named_parameters():
         if p.dim() < 2:
@@ -256,7 +256,7 @@ class Changed(GPT):
         self.register_buffer('angles', torch.arange(6.0))
 
 
-def test_weights_come_back_bit_for_bit_with_another_dropout_but_in_no_other_model():
+def test_weights_load_bit_for_bit_with_another_dropout_but_in_no_other_model():
     changed = random_gpt(kind=Changed)
     ckpt = {'model': changed.state_dict(), 'model_args': vars(changed.config)}
     again = Changed.from_checkpoint(ckpt, dropout=0.5)
@@ -270,7 +270,7 @@ def test_weights_come_back_bit_for_bit_with_another_dropout_but_in_no_other_mode
         GPT.from_checkpoint(ckpt)
 
 
-def test_weights_leave_the_dict_one_by_one_once_none_is_missing():
+def test_loading_pops_tensors_one_by_one_once_none_is_missing():
     """So that the memory of a mapped file is freed on the way; masks of old files stay."""
     gpt, tensors = random_gpt(), {**random_gpt().state_dict(), 'h.0.attn.bias': torch.ones(1)}
     del tensors['lm_head.weight']  # the same as wte's
@@ -292,14 +292,14 @@ def test_cached_sampling_equals_recomputation(B):
         lambda module, x, logits: heard.append(logits.view(B, -1, 61)[:, -1]))
     for T in [*range(1, 13), 20]:
         idx = torch.randint(61, (B, T))
-        told = gpt.generate(idx, 17, 0.0, 7, 0.9)  # positional; greedy, whatever is cut
+        generated = gpt.generate(idx, 17, 0.0, 7, 0.9)  # positional; greedy, whatever is cut
         for _ in range(17):
             idx = torch.cat((idx, gpt(idx[:, -12:])[0][:, -1:].argmax(-1)), 1)
-        assert torch.equal(told, idx), T
+        assert torch.equal(generated, idx), T
         cached, expected = torch.stack(heard).split(17)
         heard.clear()
         assert (cached - expected).abs().max() < 1e-4 < 1 < expected.std(), T
-        different |= set(told[:, T:].flatten().tolist())
+        different |= set(generated[:, T:].flatten().tolist())
     assert len(different) > 10  # not one token repeated
 
 
@@ -314,7 +314,7 @@ SHARE = LOGITS.softmax(-1).tolist()  # 0.44 0.02 0.27 0.06 0.16 0.003
     ({'top_p': SHARE[0] - 0.01}, '0'), ({'top_p': SHARE[0] + 0.01}, '02'),
     ({'top_p': SHARE[0] + SHARE[2] + 0.01}, '024'), ({'top_p': 1e-9}, '0'),
     ({'top_p': 1.0}, '024315'), ({'top_k': 2, 'top_p': 0.99}, '02')])
-def test_draws_follow_the_softmax_of_what_each_row_keeps(options, kept):
+def test_samples_follow_the_softmax_of_the_kept_logits(options, kept):
     kept, expected = [int(i) for i in kept], torch.zeros(6)
     expected[kept] = (LOGITS[kept] / (options.get('temperature') or 1)).softmax(-1)
     ids = pick(torch.stack((LOGITS, LOGITS.flip(0))).repeat(10000, 1), **options).flatten()
@@ -355,7 +355,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
 @pytest.mark.parametrize(('name', 'said'), [
     ('lion', '^optimizer=lion: expected adamw or muon$'),
     ('muon', r'^optimizer=muon: needs torch >= 2.9, .*--optimizer=adamw$')])
-def test_optimizers_that_do_not_exist_say_what_to_type(name, said, monkeypatch):
+def test_unavailable_optimizers_are_refused_with_what_to_type(name, said, monkeypatch):
     monkeypatch.delattr(torch.optim, 'Muon', raising=False)
     with pytest.raises(UserError, match=said):
         groups_of(name)

@@ -35,7 +35,7 @@ def slow(tmp_path):
 
 # ------------------------------------------------------------------------------ the file
 
-def test_the_last_claim_counts_and_the_one_before_is_told_whose_it_is(tmp_path):
+def test_the_last_claim_wins_and_the_previous_owner_learns_whose_it_is(tmp_path):
     first = Owner(tmp_path)
     first.look()
     second = Owner(tmp_path)
@@ -56,7 +56,7 @@ def test_a_missing_or_damaged_file_is_no_claim(content, tmp_path):
     owner.look()
 
 
-def test_a_claim_removes_what_others_were_writing(tmp_path):
+def test_a_claim_removes_the_temporary_files_of_other_runs(tmp_path):
     names = ('ckpt.pt.tmp', 'best.pt.tmp', 'log.jsonl.tmp', 'ckpt.pt.0123.tmp', 'config.json.x.tmp')
     for name in (*names, 'mine.tmp', 'ckpt.pt'):
         (tmp_path / name).touch()
@@ -76,7 +76,7 @@ def state_of(out_dir):
     (1, 'SIGCONT', 0), (3, 'SIGTERM', 0),
     *[pytest.param(n, wake, seed, marks=long)
       for n in (1, 3) for wake in ('SIGCONT', 'SIGTERM') for seed in range(1, 9)]])
-def test_a_first_worker_that_was_stalled_and_replaced_writes_nothing_when_it_wakes(
+def test_a_stalled_and_replaced_rank_0_writes_nothing_when_it_wakes(
         world_size, wake, seed, slow, data_set, tmp_path):
     options = (*RUN, f'--dataset={data_set}', f'--out_dir={tmp_path}/out', '--batch_size=1',
                '--gradient_accumulation_steps=24', '--max_iters=60', '--dist_timeout=10')
@@ -100,7 +100,7 @@ def test_a_first_worker_that_was_stalled_and_replaced_writes_nothing_when_it_wak
     assert [e['iter'] for e in steps_of(tmp_path / 'out')] == list(range(1, 61))
 
 
-def test_a_successor_does_not_go_on_from_a_state_that_its_predecessor_has_saved_over(
+def test_a_successor_does_not_resume_from_a_checkpoint_overwritten_meanwhile(
         slow, data_set, tmp_path):
     """Rank 0 of two is stalled; its successor has read step 0 and waits for rank 1; the stalled
     process wakes, saves what it has, and exits."""
@@ -154,7 +154,7 @@ def test_of_two_runs_started_in_one_folder_the_last_to_claim_it_survives(
     assert steps_of(out_dir)[-1]['lr'] == pytest.approx(winner)
 
 
-def test_what_trains_nothing_claims_nothing(trained, data_set, tmp_path):
+def test_commands_that_do_not_train_claim_nothing(trained, data_set, tmp_path):
     """An evaluation, a sample, an export, a mistake: none may disturb the running job."""
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     before = (out_dir / 'owner.json').read_bytes()
@@ -193,7 +193,7 @@ def copy(out_dir):
 
 
 @pytest.mark.parametrize('change', [edit, delete, rotate, move, copy])
-def test_a_run_goes_on_whatever_a_person_does_to_its_folder(change, slow, data_set, tmp_path):
+def test_a_run_survives_whatever_a_user_does_to_its_folder(change, slow, data_set, tmp_path):
     out_dir = tmp_path / 'out'
     script = start(slow, *RUN, f'--dataset={data_set}', f'--out_dir={out_dir}',
                    '--max_iters=150')

@@ -23,7 +23,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_picture_has_each_runs_curves(runs):
+def test_the_plot_has_the_curves_of_each_run(runs):
     done = run_here('plot.py', '--out_dir=out-b,out-a')
     assert (done.code, done.out) == (0, 'out-b/loss.svg: the losses of out-b,out-a\n')
     svg = (runs / 'out-b' / 'loss.svg').read_text()
@@ -36,7 +36,7 @@ def test_a_picture_has_each_runs_curves(runs):
     assert (runs / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_of_many_runs_the_validation_losses_are_drawn_and_the_legend_stands_beside(runs):
+def test_many_runs_are_drawn_by_validation_loss_with_the_legend_beside(runs):
     names = []
     for i in range(6):
         names.append(f'run-{i}')
@@ -73,10 +73,10 @@ def test_tensorboard_gets_every_number_once(runs):
         assert done.out == 'tb: the losses of out-a,out-b\n', done.err
     for name in ('out-a', 'out-b'):
         events = accumulator.EventAccumulator(str(runs / 'tb' / name)).Reload()
-        told = {tag: [(e.step, e.value) for e in events.Scalars(tag)]
-                for tag in events.Tags()['scalars']}
-        assert told == {key: [(e['iter'], e[key]) for e in ENTRIES if key in e]
-                        for key in ('loss', 'train_loss', 'val_loss', 'lr')}
+        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)]
+                   for tag in events.Tags()['scalars']}
+        assert scalars == {key: [(e['iter'], e[key]) for e in ENTRIES if key in e]
+                           for key in ('loss', 'train_loss', 'val_loss', 'lr')}
 
 
 @pytest.mark.parametrize(('log', 'option', 'said'), [
@@ -87,7 +87,7 @@ def test_tensorboard_gets_every_number_once(runs):
     (LOG, '--out=a.doc', "Format 'doc' is not supported"),
     (LOG, '--out=no/a.svg', "No such file or directory: 'no/a.svg'"),
 ])
-def test_a_mistake_is_one_line(log, option, said, runs):
+def test_a_user_error_is_one_line(log, option, said, runs):
     (runs / 'out-a' / 'log.jsonl').write_text(log)
     done = run_here('plot.py', '--out_dir=out-a', option)
     assert done.code == 1 and done.out == ''

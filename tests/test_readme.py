@@ -59,7 +59,7 @@ def test_both_languages_have_the_same_code_numbers_names_and_structure(page):
         assert theirs[part] == ours[part], f'{part}: change {CHINESE[page]} as you changed {page}'
 
 
-def test_the_first_page_leads_to_all_others():
+def test_the_readme_links_to_every_page():
     for path in [*ROOT.glob('docs/*.md'), ROOT / 'CONTRIBUTING.md']:
         page = path.relative_to(ROOT).as_posix()
         if page not in CHINESE.values():
@@ -71,7 +71,7 @@ def anchor_of(heading):
 
 
 @pytest.mark.parametrize('page', TEXT)
-def test_every_link_leads_somewhere(page):
+def test_every_link_resolves(page):
     for link in re.findall(r'\]\(([^)]+)\)', prose(TEXT[page])):
         path, _, anchor = link.partition('#')
         target = (ROOT / page).parent / path if path else ROOT / page
@@ -103,7 +103,7 @@ def test_every_file_and_option_that_a_page_names_exists(page):
                 configurator.parse(value, defaults[name], option)
 
 
-def test_the_messages_that_the_pages_quote_are_in_the_code():
+def test_the_messages_that_the_pages_quote_exist():
     code = ''
     for path in [*ROOT.glob('*.py'), *ROOT.glob('support/*.py')]:
         code += strings_in(path)
@@ -206,7 +206,7 @@ def test_every_command_names_files_and_options_that_exist(page):
             raise AssertionError(f'{command}: {e!r}') from e
 
 
-def test_the_sed_line_of_a_mirror_changes_every_public_image(tmp_path):
+def test_the_command_for_a_mirror_changes_every_public_image(tmp_path):
     for path in ROOT.glob('job*.yaml'):
         shutil.copy(path, tmp_path)
     [line] = re.findall('^sed -i .*$', T9K, re.MULTILINE)
@@ -239,7 +239,7 @@ def numbers(text):
     return set(re.findall(r'\d[\d,]*\.?\d*', text))
 
 
-def test_each_measured_number_of_the_first_page_is_in_the_entry_that_it_links_to():
+def test_each_measured_number_in_the_readme_is_in_the_entry_that_it_links_to():
     rows = rows_of(README, '| what | result | compared with |')
     assert len(rows) >= 5
     records = (ROOT / 'docs/records.md').read_text(encoding='utf-8')
@@ -319,7 +319,7 @@ def without_sample(text):
     return '\n'.join(kept)
 
 
-def test_what_the_tables_of_the_log_and_of_the_files_name_is_there(quick_start):
+def test_the_log_fields_and_files_in_the_tables_exist(quick_start):
     repo, _ = quick_start
     out_dir = repo / 'out-shakespeare-char'
     logged = {'peak_gib'}  # on a GPU

@@ -34,12 +34,12 @@ def start_rank(rank, world_size, script, *options, port, address='127.0.0.1'):
 
 
 @pytest.fixture
-def soon(tmp_path):
+def reporting(tmp_path):
     """A train.py that reports what it waits for after half a second, then every second."""
     return patched_train(tmp_path, 'rendezvous.REPORT_EVERY_S = 1')
 
 
-def test_the_first_process_reports_whom_it_waits_for(monkeypatch):
+def test_rank_0_reports_which_ranks_it_waits_for(monkeypatch):
     store = SimpleNamespace(set=lambda *args: None, get=lambda name: b'nobody yet')
     seconds = iter(range(0, 100))
     monkeypatch.setattr(rendezvous, 'time', SimpleNamespace(
@@ -58,11 +58,11 @@ def test_the_first_process_reports_whom_it_waits_for(monkeypatch):
 
 @pytest.mark.parametrize(('address', 'reason'), [
     ('no-such-host.invalid', 'the name does not resolve'), ('127.0.0.1', 'Connection refused')])
-def test_a_waiting_process_says_why_and_a_stop_ends_it_at_once(
-        address, reason, soon, data_set, tmp_path):
+def test_a_waiting_process_reports_the_reason_and_stops_at_once(
+        address, reason, reporting, data_set, tmp_path):
     port = str(free_port())
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
-    waiting = start_rank(1, 2, soon, *options, port=port, address=address)
+    waiting = start_rank(1, 2, reporting, *options, port=port, address=address)
     waiting.until(lambda script: script.out.count('waiting for') >= 2)
     line = f'train.py: rank 1: waiting for rank 0 at {address}:{port}: {reason}'
     assert set(waiting.out.splitlines()) == {line}
@@ -71,24 +71,24 @@ def test_a_waiting_process_says_why_and_a_stop_ends_it_at_once(
     assert waiting.err == ''
 
 
-def test_a_first_process_whose_own_name_does_not_resolve_waits_for_the_others(
-        soon, data_set, tmp_path):
+def test_rank_0_waits_for_the_others_even_if_its_own_name_does_not_resolve(
+        reporting, data_set, tmp_path):
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
     port = str(free_port())
-    first = start_rank(0, 2, soon, *options, port=port, address='no-such-host.invalid')
+    first = start_rank(0, 2, reporting, *options, port=port, address='no-such-host.invalid')
     first.until(lambda script: 'waiting for' in script.out)
-    succeed([first, start_rank(1, 2, soon, *options, port=port)])
+    succeed([first, start_rank(1, 2, reporting, *options, port=port)])
     said = first.out + first.err
     assert 'train.py: rank 0: waiting for rank1 of 2 processes\n' in said
     assert not any(frame in said for frame in CPP_FRAMES)
 
 
-def test_a_stop_ends_a_process_that_hangs_in_a_call_to_the_store(soon, data_set, tmp_path):
+def test_sigterm_ends_a_process_that_hangs_in_a_call_to_the_store(reporting, data_set, tmp_path):
     """Rank 0 is paused: the call into C++ does not return, and Python's handlers cannot run."""
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
     port = str(free_port())
-    first = start_rank(0, 4, soon, *options, port=port)  # two of the four never arrive
-    second = start_rank(1, 4, soon, *options, port=port)
+    first = start_rank(0, 4, reporting, *options, port=port)  # two of the four never arrive
+    second = start_rank(1, 4, reporting, *options, port=port)
     second.until(lambda script: 'until rank 0 has heard from all' in script.out)
     first.send(signal.SIGSTOP)
     time.sleep(1)
@@ -99,7 +99,7 @@ def test_a_stop_ends_a_process_that_hangs_in_a_call_to_the_store(soon, data_set,
     first.send(signal.SIGKILL)
 
 
-def test_who_waits_in_vain_asks_to_be_started_again():
+def test_a_process_that_waits_in_vain_exits_for_a_restart():
     port = str(free_port())
     code = "from support import rendezvous; rendezvous.join('gloo', {}, 10, arrival_timeout_s=1)"
     env = {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
@@ -142,7 +142,7 @@ def test_a_fresh_process_meets_one_that_has_failed_to_connect_twice(data_set, tm
     ('--batch_size=2 --gradient_accumulation_steps=4', 'batch_size=2, but rank 0 has batch_size=4'),
     ('--dtype=bfloat16', 'dtype=bfloat16, but rank 0 has dtype=float32'),
     ('--dataset={other}', r'data=\[.*3,000.*\], but rank 0 has data=\[.*4,000')])
-def test_a_process_of_another_run_is_refused_and_the_right_one_is_waited_for(
+def test_a_process_of_another_run_is_refused_and_the_right_one_still_joins(
         option, named, data_set, tmp_path):
     other = write_data_set(tmp_path / 'other', n_train=3000)
     options = (*TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}/out')
@@ -168,7 +168,7 @@ def test_another_world_size_is_refused(data_set, tmp_path):
 
 @pytest.mark.skipif(TORCH < (2, 3), reason='a group has no device')
 @pytest.mark.parametrize(('backend', 'device'), [('nccl', torch.device('cuda', 3)), ('gloo', None)])
-def test_a_group_on_gpus_is_told_which_is_its_own(backend, device, monkeypatch):
+def test_a_process_group_on_gpus_gets_its_device_id(backend, device, monkeypatch):
     parameters = inspect.signature(dist.init_process_group).parameters
     init = Mock()
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)

@@ -31,7 +31,7 @@ def texts_of(done):
     return texts
 
 
-def test_greedy_text_is_that_of_generate_whatever_the_seed(trained, tmp_path, monkeypatch):
+def test_greedy_text_equals_generate_for_any_seed(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it needs neither the repository's folder nor data
     alone = shutil.copy(trained / 'ckpt.pt', tmp_path / 'best.pt')
     (tmp_path / 'prompt.txt').write_text('é日🙂', encoding='utf-8')
@@ -49,7 +49,7 @@ def test_greedy_text_is_that_of_generate_whatever_the_seed(trained, tmp_path, mo
     assert sorted(os.listdir()) == ['best.pt', 'prompt.txt']
 
 
-def test_a_seed_says_which_text_and_each_sample_is_another(trained):
+def test_the_seed_determines_the_text_and_samples_differ(trained):
     first, again, other, tail = (
         sample(trained, '--max_new_tokens=60', '--temperature=1', '--start=a', *options)
         for options in (['--seed=1', '--num_samples=3'], ['--seed=1', '--num_samples=3'],
@@ -61,7 +61,7 @@ def test_a_seed_says_which_text_and_each_sample_is_another(trained):
     assert first.err.startswith('180 tokens, ')
 
 
-def test_text_arrives_while_it_is_made_in_whole_characters_of_the_tokenizer(tmp_path):
+def test_text_is_streamed_in_whole_characters(tmp_path):
     encoding, sentence = tokens.GPT2Encoding(), 'Ein naïver Käse 🙂, 日本語だ。\n'
     ids = encoding.encode(sentence)
     assert any('\ufffd' in encoding.decode([i]) for i in ids)  # some are parts of characters
@@ -87,7 +87,7 @@ def test_text_arrives_while_it_is_made_in_whole_characters_of_the_tokenizer(tmp_
 
 
 @pytest.mark.parametrize('length', [1, 2, 5])
-def test_a_text_ends_before_the_first_place_of_the_text_to_stop_at(length, trained):
+def test_a_sample_ends_before_the_first_occurrence_of_the_stop_text(length, trained):
     """Whatever its length in tokens, here one per character; in each of several samples."""
     options = '--max_new_tokens=60', '--temperature=1', '--num_samples=3', '--start=abc'
     whole = texts_of(sample(trained, *options))
@@ -103,7 +103,7 @@ def test_a_text_ends_before_the_first_place_of_the_text_to_stop_at(length, train
     assert texts_of(sample(trained, *options, f'--stop={whole[0][-3:]}!')) == whole
 
 
-def test_the_end_of_text_token_can_be_stopped_at(tmp_path):
+def test_endoftext_can_be_the_stop_text(tmp_path):
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=1, n_embd=64)).eval()
     _, *ids = tokens.GPT2Encoding().encode('A é🙂<|endoftext|>B')
     with torch.no_grad():  # each position predicts the next token
@@ -117,7 +117,7 @@ def test_the_end_of_text_token_can_be_stopped_at(tmp_path):
 
 
 @pytest.mark.skipif(not str(ROOT).isascii(), reason='the path of the checkout is not ASCII')
-def test_in_a_pipe_the_speed_has_a_line_of_its_own_and_what_cannot_be_shown_is_replaced(trained):
+def test_in_a_pipe_the_speed_has_its_own_line_and_unencodable_text_is_replaced(trained):
     """Standard output and standard error share one pipe, in an ASCII-only locale."""
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
     done = subprocess.run(
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_the_line_of_the_text(trained, monkeypatch):
     ('--dtype=half', '--dtype=half: expected auto or float32'),
     ('--init_from={folder}', 'has 31 tokens but no tokenizer, GPT-2 has 50257: copy its'),
 ])
-def test_a_mistake_gets_one_line(option, said, trained, tmp_path):
+def test_a_user_error_is_one_line(option, said, trained, tmp_path):
     if 'folder' in option:
         model = GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=1, n_embd=8))
         model.save_pretrained(tmp_path)

@@ -7,8 +7,6 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-FITTING = '3.10', '3.11', '3.12', '3.13'
-
 
 def executable(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +47,7 @@ def make(folder, *arguments, **variables):
 
 
 @pytest.mark.parametrize('version', ['2.7', '3.9', '3.14'])
-def test_a_python_that_does_not_fit_is_named_with_what_to_type(version, folder):
+def test_an_unsupported_python_is_named_with_what_to_type(version, folder):
     python(folder / 'bin/python3', version)
     python(folder / 'bin/python3.12', '3.12')
     done = make(folder)
@@ -59,11 +57,11 @@ def test_a_python_that_does_not_fit_is_named_with_what_to_type(version, folder):
     assert (folder / '.venv/run').exists()
 
 
-def test_no_python_at_all_is_named(folder):
+def test_a_missing_python_is_reported(folder):
     assert 'make: python3 is not a working Python: expected 3.10 to 3.13' in make(folder).stderr
 
 
-def test_pyenvs_python_is_found_by_its_number(folder):
+def test_pyenvs_python_is_found_by_its_version(folder):
     python(folder / 'versions/3.12/bin/python', '3.12')
     executable(folder / 'bin/pyenv',
                f'[ "$1 $2" = "prefix 3.12" ] && echo "{folder}/versions/3.12"')
@@ -72,7 +70,7 @@ def test_pyenvs_python_is_found_by_its_number(folder):
     assert (folder / '.venv/run').exists()
 
 
-def test_an_environment_that_works_is_kept_and_another_is_made_anew(folder):
+def test_a_working_environment_is_kept_and_any_other_is_recreated(folder):
     python(folder / 'bin/python3', '3.11')
     python(folder / 'bin/python3.12', '3.12')
     first = make(folder)
@@ -106,7 +104,7 @@ def test_a_full_disk_names_the_disk_and_tmpdir(folder):
     assert 'Filesystem' in done.stderr
 
 
-def test_the_lowest_versions_are_those_that_requirements_admit():
+def test_lowest_txt_pins_the_lower_bounds_of_requirements_txt():
     """tests/lowest.txt is what CI installs, so that each lower bound is tested."""
     pins = dict(re.findall(r'^([\w-]+)==(\S+)$', (ROOT / 'tests/lowest.txt').read_text(), re.M))
     bounds = re.findall(r'^([\w-]+)([^#\n]*)', (ROOT / 'requirements.txt').read_text(), re.M)

@@ -44,7 +44,7 @@ def topology(threads_per_core):
     (V1, v1('/pod/a', '200000') | v1('/pod/c', '100000'), 2),
     (V1, v1('', '300000'), 3),  # a container that sees the host's paths, but its own mount
     (V1, v1('/pod/a/b', '-1'), 8)])
-def test_the_share_is_the_least_of_affinity_cores_and_quotas(
+def test_the_share_is_the_minimum_of_affinity_cores_and_quotas(
         cgroup, files, expected, tmp_path, monkeypatch):
     monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)), raising=False)
@@ -58,7 +58,7 @@ def test_the_share_is_the_least_of_affinity_cores_and_quotas(
 
 
 @pytest.mark.parametrize(('processes', 'expected'), [('1', 8), ('3', 2), ('16', 1)])
-def test_the_processes_of_a_machine_share_it(processes, expected, tmp_path, monkeypatch):
+def test_the_processes_of_a_machine_share_its_cores(processes, expected, tmp_path, monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)), raising=False)
     assert threads.share(tmp_path) == expected
@@ -90,7 +90,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     ({}, '1 10000 1'),
     ({'OMP_NUM_THREADS': '7', 'GOMP_SPINCOUNT': '5', 'TORCHINDUCTOR_COMPILE_THREADS': '9'},
      '7 5 9')])
-def test_a_script_sets_what_nobody_has_set_before_it_imports_torch(script, typed, expected):
+def test_a_script_sets_unset_thread_variables_before_it_imports_torch(script, typed, expected):
     """As if on one CPU, whatever this machine has."""
     env = {name: text for name, text in os.environ.items() if 'THREADS' not in name}
     env.pop('GOMP_SPINCOUNT', None)

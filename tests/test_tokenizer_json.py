@@ -120,7 +120,7 @@ def test_a_file_and_every_kind_of_folder_gives_the_packages_ids(own, tmp_path):
     ({'tokenizer': {'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': []}}},
      r'no end-of-text token: name one of its tokens with --eot='),
 ])
-def test_what_is_no_tokenizer_for_here_is_one_line(files, said, tmp_path):
+def test_an_unusable_tokenizer_is_refused_in_one_line(files, said, tmp_path):
     folder = tmp_path / 'some'
     folder.mkdir()
     for name, content in files.items():
@@ -135,12 +135,12 @@ def test_what_is_no_tokenizer_for_here_is_one_line(files, said, tmp_path):
     ({'added_tokens': [{'id': 9, 'content': '<x>', 'special': True, 'single_word': False,
                         'lstrip': False, 'rstrip': False, 'normalized': False}]}, 'no id 9'),
 ])
-def test_a_tokenizer_that_the_package_cannot_give_is_one_line(change, said):
+def test_a_tokenizer_that_the_package_cannot_reproduce_is_refused_in_one_line(change, said):
     content = {'model': {'type': 'BPE', 'vocab': {'a': 0, 'b': 1}, 'merges': []}, **change}
     refused(said, tokens.encoding, tokenizer_json.describe('x', content))
 
 
-def test_openais_own_tokenizer_in_any_form_is_gpt2s_and_nothing_else_is(tmp_path, own):
+def test_openais_tokenizer_in_any_form_counts_as_gpt2s_and_no_other_does(tmp_path, own):
     parts = tmp_path / 'parts'
     parts.mkdir()
     shutil.copy(ROOT / 'data/gpt2/encoder.json', parts / 'vocab.json')
@@ -169,7 +169,7 @@ def test_openais_own_tokenizer_in_any_form_is_gpt2s_and_nothing_else_is(tmp_path
     assert found[0]['vocab_size'] == 50259  # added tokens included
 
 
-def test_the_identity_is_that_of_the_ids_and_of_nothing_else(own, tmp_path):
+def test_the_identity_depends_only_on_the_ids(own, tmp_path):
     content = json.loads(own.read_text(encoding='utf-8'))
     same = dict(reversed(content.items()))
     same['model'] = dict(reversed(content['model'].items()))
@@ -187,7 +187,7 @@ def test_the_identity_is_that_of_the_ids_and_of_nothing_else(own, tmp_path):
         assert tokens.encoding(first).encode(text) == tokens.encoding(second).encode(text)
 
 
-def test_the_token_that_ends_a_text_comes_from_the_option_or_the_files(tmp_path):
+def test_the_end_of_text_token_comes_from_the_option_or_the_files(tmp_path):
     content = json.loads(trained_bpe().to_str())
     ids = content['model']['vocab']
     for eot, files, expected in (
@@ -208,7 +208,7 @@ def test_the_token_that_ends_a_text_comes_from_the_option_or_the_files(tmp_path)
 
 # ---------------------------------------------------------------------------- data
 
-def test_documents_become_the_ids_of_each_and_the_end_of_text(repo, own, tmp_path):  # noqa: F811
+def test_each_document_becomes_its_ids_and_the_end_of_text_token(repo, own, tmp_path):  # noqa: F811
     lines = [line for line in CHINESE.splitlines() if line.strip()] * 3
     lines[5] = f'a{tokens.EOT}b'  # in a document it is text
     source = tmp_path / 'texts.txt'
@@ -269,7 +269,7 @@ class Spy:
         return self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
 
-def test_the_package_is_imported_for_such_tokenizers_alone(own, tmp_path):
+def test_the_tokenizers_package_is_imported_only_when_needed(own, tmp_path):
     write(tmp_path / 'hf', gpt2(), config={'vocab_size': 50257})
     write(tmp_path / 'own', json.loads(own.read_text(encoding='utf-8')), config={})
     (tmp_path / 'script.py').write_text(f"""if True:
@@ -345,7 +345,7 @@ def test_a_model_is_trained_only_on_data_in_its_own_tokens(kind, data, own, tmp_
         train(*options, '--init_from=resume', f'--dataset={data["own"]}')
 
 
-def test_openais_tokens_meet_gpt2_data_and_no_other(data, tmp_path):
+def test_openais_tokenizer_matches_gpt2_data_and_no_other(data, tmp_path):
     hf = model_folder(tmp_path / 'hf', gpt2(), 50257)
     options = (f'--out_dir={tmp_path / "out"}', '--max_iters=1', f'--init_from={hf}')
     line = train(*options, f'--dataset={data["own"]}', code=1)
@@ -355,19 +355,19 @@ def test_openais_tokens_meet_gpt2_data_and_no_other(data, tmp_path):
 
 
 @pytest.mark.parametrize('size', [50256, 50305])
-def test_a_folder_without_a_tokenizer_is_gpt2s_only_by_its_size(size, data, tmp_path):
+def test_a_folder_without_a_tokenizer_counts_as_gpt2_only_by_its_size(size, data, tmp_path):
     hf = model_folder(tmp_path / 'hf', None, size)
     line = train(f'--init_from={hf}', f'--dataset={data["gpt2"]}', code=1)
     assert f'{hf} has {size} tokens but no tokenizer, GPT-2 has 50257: copy its' in line
 
 
-def test_a_folder_that_does_not_even_name_its_size_is_refused(tmp_path):
+def test_a_folder_with_neither_tokenizer_nor_size_is_refused(tmp_path):
     (tmp_path / 'config.json').write_text('{}')
     with pytest.raises(UserError, match='has None tokens but no tokenizer'):
         tokens.model_tokenizer(tmp_path)
 
 
-def test_ranks_compare_the_hash_alone(data):
+def test_ranks_compare_only_the_hash(data):
     said = [str(tokens.Tokens(data[kind], 'train')) for kind in ('gpt2', 'own')]
     assert all(re.fullmatch(r'[\d,]+ tokens, \w+ [0-9a-f]{12}', text) for text in said)
     assert said[0].split()[-1] != said[1].split()[-1]
@@ -388,7 +388,7 @@ def saved(folder, meta, vocab_size):
 
 
 @pytest.mark.parametrize('kind', ['own', 'bert'])
-def test_a_sample_is_the_decoded_whole(kind, own, tmp_path):
+def test_streamed_text_equals_all_ids_decoded_at_once(kind, own, tmp_path):
     place = own if kind == 'own' else bert(tmp_path / 'bert')
     meta = tokens.chosen_tokenizer(str(place), '')
     out_dir = saved(tmp_path / 'out', meta, -(-meta['vocab_size'] // 64) * 64)
@@ -439,7 +439,7 @@ def test_an_export_has_the_runs_own_tokenizer(kind, own, tmp_path):
 
 # ---------------------------------------------------------------------------- docs/data.md
 
-def test_a_chinese_text_from_scratch_with_a_vocabulary_of_ones_own(
+def test_the_documented_commands_train_a_custom_chinese_tokenizer_and_model(
         repo, tmp_path, monkeypatch):  # noqa: F811
     """The commands of docs/data.md, with a smaller model."""
     section = (ROOT / 'docs/data.md').read_text(encoding='utf-8').split('\n## ')[2]
@@ -475,6 +475,6 @@ def test_a_chinese_text_from_scratch_with_a_vocabulary_of_ones_own(
         assert judge(text)['input_ids'] == tokens.encoding(meta).encode(text)
 
 
-def test_what_berts_tokens_lose(tmp_path):
+def test_bert_tokens_lose_case_whitespace_and_emoji(tmp_path):
     encoding = tokens.encoding(tokens.chosen_tokenizer(str(bert(tmp_path / 'bert', True)), ''))
     assert encoding.decode(encoding.encode('中文\n\n\tGPT  2 🙂')) == '中 文 gpt 2 [UNK]'

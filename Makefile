@@ -56,7 +56,7 @@ test-in-%:
 bench: $(VENV)/run
 	$(PY) bench.py
 
-# Your own text, saved there as input.txt, is prepared again whenever it changes.
+# Your own text, saved there as input.txt, is prepared again when it is newer.
 $(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
 	$(PY) $(CHAR)/prepare.py
 

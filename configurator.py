@@ -26,6 +26,9 @@ from support.errors import UserError
 FOREIGN = {
     'lr': ('learning_rate', 'type --learning_rate'),
     'epochs': ('max_iters', 'type --max_iters, in optimizer steps'),
+    'steps': ('max_iters', 'type --max_iters'),
+    'prompt': ('start', 'type --start'),
+    'length': ('max_new_tokens', 'type --max_new_tokens'),
     'decay_lr': ('min_lr', 'for a constant rate, set min_lr equal to learning_rate'),
     'always_save_checkpoint': (
         'eval_interval', 'every evaluation saves ckpt.pt, and best.pt if it is the best'),

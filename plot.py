@@ -40,7 +40,11 @@ def read_numbers(path):
 def draw(runs, picture):
     """Draw the curves of all runs in one picture, one color per run. For more than MOST runs, draw
     only the validation losses, with the legend beside the axes."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f'matplotlib cannot be imported ({error}): type '
+                        f'{configurator.interpreter()} -m pip install matplotlib') from None
     figure = Figure((7.6, 3.8), layout='constrained')
     suffix = Path(picture).suffix[1:].lower()
     known = figure.canvas.get_supported_filetypes()

@@ -90,7 +90,8 @@ with user_errors():
     rank, local_rank, world_size = distributed.environment()
     torch_device, amp_dtype = hardware.resolve(device, dtype, local_rank)
     if warmup_iters > decay_end > 0:
-        raise UserError(f'--warmup_iters={warmup_iters}: expected at most {decay_end} steps')
+        raise UserError(f'--warmup_iters={warmup_iters}: expected at most {decay_end}, where the '
+                        'decay ends (lr_decay_iters or max_iters)')
     sequences = batch_size * gradient_accumulation_steps  # per step, over all processes
     micro_steps, micro_batch_size = distributed.split(sequences, batch_size)
 ddp = world_size > 1

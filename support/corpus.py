@@ -105,8 +105,8 @@ def one_text(folder):
     try:
         return content.decode('utf-8'), 'input.txt'
     except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8: {e}; iconv -c -f UTF-8 -t UTF-8 drops '
-                        'invalid bytes') from None
+        raise UserError(f'{path} is not UTF-8: {e}; iconv -f CP1252 -t UTF-8 converts Western '
+                        'European text, iconv -c -f UTF-8 -t UTF-8 drops bad bytes') from None
 
 
 def check_encoding(path):
@@ -128,18 +128,21 @@ def check_encoding(path):
     if path.suffix in PACKED:
         raise UserError(f'{path} is not UTF-8: unpack it, then type iconv -f {name} -t UTF-8')
     old = shlex.quote(str(path))
+    hint = ''
+    if name == 'ITS-ENCODING':
+        hint = ' (ITS-ENCODING: CP1252 for Western European, GB18030 or Big5 for Chinese, ...)'
     raise UserError(f'{path} is not UTF-8: convert it with iconv -f {name} -t UTF-8 {old} > '
-                    f'{old}.tmp && mv {old}.tmp {old}')
+                    f'{old}.tmp && mv {old}.tmp {old}{hint}')
 
 
 def chinese_encoding(head):
     """iconv's name for the encoding in which the most common Chinese character is common, else a
-    hint at what to type."""
+    word to replace."""
     for name in 'GB18030', 'Big5':
         text = head.decode(name, 'ignore')
         if text.count('的') > len(text) / 500:
             return name
-    return 'ITS-ENCODING, such as GB18030'
+    return 'ITS-ENCODING'
 
 
 def write_text(folder, meta, text, encode):

@@ -1,6 +1,7 @@
 """plot.py draws the curves of runs, even unfinished ones, and writes them for TensorBoard."""
 import json
 import re
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -34,6 +35,13 @@ def test_the_plot_has_the_curves_of_each_run(runs):
         assert f'<!-- {words} -->' in svg
     assert run_here('plot.py', '--out_dir=out-a', '--out=a.png').code == 0
     assert (runs / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_missing_matplotlib_is_one_line_with_what_to_type(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    line = run_here('plot.py', '--out_dir=out-a').err
+    assert line.startswith('plot.py: matplotlib cannot be imported') and line.count('\n') == 1
+    assert '-m pip install matplotlib' in line
 
 
 def test_many_runs_are_drawn_by_validation_loss_with_the_legend_beside(runs):

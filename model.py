@@ -128,7 +128,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None):
     probs = (logits / temperature).softmax(-1)
     if cut_tail:
         before = probs.cumsum(-1) - probs  # total probability of the likelier tokens
-        probs = probs.masked_fill(before >= top_p, 0)  # the first token always stays
+        probs[(before >= top_p) & (before > 0)] = 0  # the first token always stays
     return ids.gather(-1, torch.multinomial(probs, 1))
 
 
@@ -212,8 +212,8 @@ class GPT(nn.Module):
                                                weight_decay=weight_decay))
         options = {'lr': learning_rate, 'betas': betas}
         # One kernel for all parameters: available on CUDA since torch 2.0, on the CPU since 2.4.
-        least = '2.0' if self.lm_head.weight.is_cuda else '2.4'
-        if torch.__version__ >= least:  # a TorchVersion, not a string: '2.13' > '2.4'
+        least = {'cuda': '2.0', 'cpu': '2.4'}.get(self.lm_head.weight.device.type)
+        if least and torch.__version__ >= least:  # a TorchVersion, not a string: '2.13' > '2.4'
             options['fused'] = True
         decayed = [p for p in params if p.dim() >= 2]
         others = [p for p in params if p.dim() < 2]

@@ -182,25 +182,26 @@ with user_errors(), distributed.lost_peers():
         # the model into parts, which cannot be compiled for a dynamic number of rows.
         model = torch.compile(model, dynamic=False)
     if ddp:
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False)
         if grad_compress:
             model.register_comm_hook(None, distributed.compress_hook)
 autocast, scaler = hardware.mixed_precision(torch_device, amp_dtype)
-if ddp and not eval_only:
-    with distributed.lost_peers(), autocast:
-        distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
 iter_num = state.get('iter_num', 0)  # optimizer steps done
 best_val_loss = state.get('best_val_loss', math.inf)
 val_loss = state.get('val_loss')  # after iter_num steps; None: not evaluated yet
 
 # ------------------------------------------------------------------------------- optimizer
-with user_errors():
+with user_errors(), distributed.lost_peers():
     optimizers = raw_model.configure_optimizers(
         optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay)
     if 'optimizer' in state:
         checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
+if ddp and not eval_only:
+    with distributed.lost_peers(), autocast:
+        distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
 
 
 def lr_factor(iter_num):

@@ -1,9 +1,10 @@
 """Save and load ckpt.pt (latest) and best.pt (lowest validation loss)."""
 import os
+import re
 import shutil
 from contextlib import suppress
 
-from model import MASKS, GPTConfig
+from model import GPTConfig
 from support import compat, distributed, huggingface, tokens
 from support.errors import UserError
 from support.owner import Owner
@@ -112,12 +113,9 @@ def load_checkpoint(path):
     for key in ('model', 'model_args'):
         if not isinstance(ckpt, dict) or not isinstance(ckpt.get(key), dict):
             raise UserError(f"{path}: has no '{key}': expected a checkpoint that train.py wrote")
-    weights = {}
-    for name, tensor in ckpt['model'].items():
-        # nanoGPT saved compiled and wrapped modules and, with torch < 2.0, the causal masks.
-        if not name.endswith(MASKS):
-            weights[name.replace('_orig_mod.', '').replace('module.', '')] = tensor
-    ckpt['model'] = weights
+    # nanoGPT saved compiled and wrapped modules.
+    ckpt['model'] = {re.sub(r'^((_orig_mod|module)\.)+', '', name): tensor
+                     for name, tensor in ckpt['model'].items()}
     ckpt['model_args'] = vars(GPTConfig()) | ckpt['model_args']  # nanoGPT's oldest lack bias
     if 'best_val_loss' in ckpt:
         ckpt['best_val_loss'] = float(ckpt['best_val_loss'])  # nanoGPT's is a 0-dim tensor

@@ -26,7 +26,8 @@ from support.errors import UserError
 # Their classes in torch 2 (DistBackendError, ...) do not suffice: these also report mistakes.
 LOST_PEER = re.compile(
     'closed by peer|reset by peer|broken pipe|connection (was|refused|closed)|connectFullMesh|'
-    'time(d )?out|failed to (recv|send|connect)|remote process exited|network error|'
+    'timed out|(connect|operation|socket|wait) timeout|timeout (after|waiting)|'
+    'failed to (recv|send|connect)|remote process exited|network error|'
     'no route to host|(network|host) is (unreachable|down)|communicator was aborted|'
     'nccl(Remote|System)Error', re.IGNORECASE)
 PEER_LOST = 138  # the exit code that asks the job controller for a restart

@@ -62,6 +62,14 @@ def test_nanogpts_checkpoints_load(tmp_path):
         assert torch.equal(w, weights[name]), name
 
 
+def test_a_models_own_names_are_kept(tmp_path):
+    """Of wrapped models only the prefix goes, and what is a buffer of old files may be a weight."""
+    own = {'module.mlp_module.weight': torch.ones(1), 'module.attn.bias': torch.ones(1)}
+    torch.save({'model': own, 'model_args': TINY}, tmp_path / 'ckpt.pt')
+    ckpt = load_checkpoint(tmp_path / 'ckpt.pt')
+    assert list(ckpt['model']) == ['mlp_module.weight', 'attn.bias']
+
+
 class Bomb:
     """What an attacker would pickle: loading it makes a folder."""
 

@@ -220,6 +220,17 @@ def test_the_suggested_command_has_each_changed_option_once(monkeypatch):
         "'a b/python' train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
 
 
+def test_the_suggested_command_starts_as_many_processes_as_torchrun_did(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py'])
+    for name, value in (('TORCHELASTIC_RUN_ID', '0'), ('LOCAL_WORLD_SIZE', '4')):
+        monkeypatch.setenv(name, value)
+    for world_size, launcher in (('4', '-m torch.distributed.run --standalone --nproc_per_node=4 '),
+                                 ('8', '')):  # of several nodes: the job's, to be created again
+        monkeypatch.setenv('WORLD_SIZE', world_size)
+        command = f'{configurator.interpreter()} {launcher}train.py config/x.py'
+        assert configurator.command() == command
+
+
 def test_the_suggested_command_begins_with_this_python(tmp_path, monkeypatch):
     for folder in '.venv/bin', 'elsewhere':
         (tmp_path / folder).mkdir(parents=True)

@@ -196,9 +196,10 @@ def moment(phase, rng, folder):
 
     def has_come():
         last = last_entry(folder)
+        saving = any((folder / 'out').glob('ckpt.pt.*.tmp'))
         return {'start': time.monotonic() > start, 'step': last['iter'] >= step,
                 'evaluation': last['iter'] >= eval_step and 'loss' in last,
-                'checkpoint': last['iter'] >= step and (folder / 'out/ckpt.pt.tmp').exists()}[phase]
+                'checkpoint': last['iter'] >= step and saving}[phase]
     return has_come
 
 
@@ -210,8 +211,9 @@ def test_a_job_recovers_exactly_from_workers_lost_at_any_moment(
         replicas, losses, seed, tmp_path, data_set, undisturbed):
     rng = random.Random(f'{losses} {seed}')
     with job_of(tmp_path, data_set, replicas=replicas) as job:
-        for replica, phase in losses:
-            job.run(moment(phase, rng, tmp_path))
+        for i, (replica, phase) in enumerate(losses):
+            now = job.run(moment(phase, rng, tmp_path))
+            assert now == 'Running' or i > 0, f'the moment never came: {phase}'
             step, ended = last_entry(tmp_path)['iter'], len(job.ends)
             job.kill(replica)
             met = phase != 'start' and step < STEPS  # else perhaps not joined yet, or finished

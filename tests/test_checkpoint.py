@@ -211,7 +211,7 @@ def test_pretrained_weights_load_with_a_shorter_block_size(meta, tmp_path):
 def test_a_run_folder_is_refused_as_weights_with_the_file_to_name_instead(tmp_path):
     save_checkpoint(Owner(tmp_path), full_of(1))
     (tmp_path / 'config.json').write_text('{"n_layer": 12}')  # the run's options
-    with pytest.raises(UserError, match=f'name a file in it, such as {tmp_path}/ckpt.pt'):
+    with pytest.raises(UserError, match=f'name a file, such as {tmp_path}/ckpt.pt'):
         checkpoint.load_pretrained(str(tmp_path), 8)
 
 

@@ -150,7 +150,7 @@ def test_openais_tokenizer_in_any_form_counts_as_gpt2s_and_no_other_does(tmp_pat
     old['model']['merges'] = [' '.join(pair) for pair in old['model']['merges']]
     for place in (parts, write(tmp_path / 'new', content), write(tmp_path / 'old', old)):
         assert tokens.chosen_tokenizer(str(place), '') == tokens.GPT2_META
-        refused('--eot=x: GPT-2', tokens.chosen_tokenizer, str(place), 'x')
+        refused('--eot=x: expected GPT-2', tokens.chosen_tokenizer, str(place), 'x')
 
     others = {'added': gpt2(['<|user|>', '<|bot|>'])}
     for name in 'swapped', 'merges', 'normalizer', 'prefix', 'no regex':

@@ -13,18 +13,18 @@ dataset = 'shakespeare_char'
 n_layer = 4
 n_head = 4
 n_embd = 128
-block_size = 128
-batch_size = 16
-gradient_accumulation_steps = 1  # 16 x 128 = 2,048 tokens per step
+block_size = 64
+batch_size = 32
+gradient_accumulation_steps = 1  # 32 x 64 = 2,048 tokens per step
 
 max_iters = 1200  # x 2,048 tokens = 2.5M tokens, half of the text
-warmup_iters = 50
+warmup_iters = 10
 lr_schedule = 'linear'
 optimizer = 'muon'
 learning_rate = 3e-3
 min_lr = 0.0
-beta2 = 0.99
+beta2 = 0.95
 
-eval_interval = 100
-eval_iters = 50
+eval_interval = 200
+eval_iters = 20
 log_interval = 10

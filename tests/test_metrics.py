@@ -3,6 +3,7 @@ import fcntl
 import math
 import os
 import pty
+import shlex
 import signal
 import struct
 import subprocess
@@ -222,9 +223,9 @@ OPTIONS = (*TINY, '--max_iters=30')
 
 def train_with(output, data_set, out_dir, *words):
     """(exit code, last step, stderr) of a run with this redirection of the shell."""
-    command = ' '.join([*words, sys.executable, str(ROOT / 'train.py'), *OPTIONS,
-                        f'--dataset={data_set}', f'--out_dir={out_dir}', output])
-    done = subprocess.run(['bash', '-c', f'set -o pipefail; {command}'], timeout=240,
+    command = shlex.join([*words, sys.executable, str(ROOT / 'train.py'), *OPTIONS,
+                          f'--dataset={data_set}', f'--out_dir={out_dir}'])
+    done = subprocess.run(['bash', '-c', f'set -o pipefail; {command} {output}'], timeout=240,
                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return done.returncode, log_of(out_dir)[-1]['iter'], done.stderr
 

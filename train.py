@@ -232,12 +232,12 @@ with user_errors():
 if is_main:
     epochs = max_iters * tokens_per_step / len(data['train'])
     own = ''.join(f' {name}={value}' for name, value in kept.items())
-    log.say(f'{raw_model.num_params():,} parameters from {origin}{own}, {amp_dtype}'
-            f'{", compiled" if compiled else ""}, '
-            f'on {world_size} x {hardware.describe(torch_device, state.get("threads"))}')
-    log.say(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x {block_size} '
-            f'per process), steps {iter_num:,} to {max_iters:,}: {epochs:.3g} epochs of '
-            f'{len(data["train"]):,} tokens in {data_dir}')
+    log.info(f'{raw_model.num_params():,} parameters from {origin}{own}, {amp_dtype}'
+             f'{", compiled" if compiled else ""}, '
+             f'on {world_size} x {hardware.describe(torch_device, state.get("threads"))}')
+    log.info(f'{tokens_per_step:,} tokens a step ({micro_steps} x {micro_batch_size} x '
+             f'{block_size} per process), steps {iter_num:,} to {max_iters:,}: {epochs:.3g} epochs '
+             f'of {len(data["train"]):,} tokens in {data_dir}')
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ def save(best=False):
         'scaler': scaler.state_dict(), 'model_args': vars(shape), 'meta': meta, 'config': config,
         'threads': torch.get_num_threads(), 'iter_num': iter_num, 'val_loss': val_loss,
         'best_val_loss': best_val_loss}, best)
-    log.say(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
+    log.info(f'step {iter_num} | saved {ckpt_path}{" (best)" if best else ""}')
 
 
 if eval_only:
@@ -279,7 +279,7 @@ if eval_only:
         stop.armed = True
         numbers, exit_code = evaluate()
     if not exit_code:
-        log.tell(iter_num, numbers)
+        log.record(iter_num, numbers)
     log.close()
     distributed.finish(exit_code, stop)
 with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else None):
@@ -295,7 +295,7 @@ with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else Non
             numbers, exit_code = evaluate()
             if not exit_code:
                 val_loss = numbers['val_loss']
-                log.tell(iter_num, numbers)
+                log.record(iter_num, numbers)
                 best = val_loss < best_val_loss
                 best_val_loss = min(val_loss, best_val_loss)
                 due = True
@@ -352,8 +352,9 @@ with user_errors(), distributed.lost_peers(stop, rescue=save if is_main else Non
 
 log.close()
 if exit_code:
-    log.say(f'stopped after step {iter_num} (saved to {ckpt_path}); resume with "{resume_command}"')
+    log.info(f'stopped after step {iter_num} (saved to {ckpt_path}); '
+             f'resume with "{resume_command}"')
 else:
-    log.say(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
-            f'sample with "{configurator.interpreter()} sample.py --out_dir={out_dir}"')
+    log.info(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
+             f'sample with "{configurator.interpreter()} sample.py --out_dir={out_dir}"')
 distributed.finish(exit_code, stop)

@@ -50,15 +50,15 @@ def save_checkpoint(owner, state, best=False):
     file is ever half written. UserError if another run took over the folder, OSError if a file
     cannot be written; existing checkpoints are untouched.
     """
-    owner.look()
+    owner.check()
     try:
         try:
             write_checkpoint(owner, state, best)
         except FileNotFoundError:  # the folder was moved, or taken over and cleaned up
-            owner.look()
+            owner.check()
             write_checkpoint(owner, state, best)
     except (OSError, RuntimeError) as error:
-        owner.look()
+        owner.check()
         reason = error
         if isinstance(error.__context__, OSError):  # torch.save hides the file's error
             reason = error.__context__
@@ -77,7 +77,7 @@ def write_checkpoint(owner, state, best):
             os.fsync(f.fileno())  # else a node crash can leave a renamed but empty file
         if best:
             link_or_copy(tmp, best_tmp)
-        owner.look()  # writing took a while
+        owner.check()  # writing took a while
         if best:
             best_tmp.replace(owner.folder / 'best.pt')
         tmp.replace(owner.folder / 'ckpt.pt')  # a pod can be killed; a rename is all or nothing

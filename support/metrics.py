@@ -188,7 +188,7 @@ class Log:
 
     def drop_board(self, error):
         self.board = None
-        self.say(f'TensorBoard is turned off: {type(error).__name__}: {error}')
+        self.info(f'TensorBoard is turned off: {type(error).__name__}: {error}')
 
     def step(self, iter_num, seconds, numbers):
         """Log every log_interval-th step and the last. The time, and every number that is not
@@ -207,9 +207,9 @@ class Log:
         tok_per_sec = self.tokens_per_step / dt
         mfu = tok_per_sec / self.peak_tok_per_sec if self.peak_tok_per_sec else None
         speed = {'dt_ms': 1000 * dt, 'tok_per_sec': tok_per_sec, 'mfu': mfu}
-        self.tell(iter_num, numbers | speed)
+        self.record(iter_num, numbers | speed)
 
-    def tell(self, iter_num, numbers):
+    def record(self, iter_num, numbers):
         """Write {name: number or None} of a step or an evaluation to all logs, and print them."""
         entry = {'iter': iter_num}
         texts = {}
@@ -227,14 +227,14 @@ class Log:
             short = [text for name, text in texts.items() if name in ('loss', 'tok_per_sec')]
             self.screen.move_bar(iter_num, ' | '.join(short))
         else:
-            self.say(f'step {iter_num} | {" | ".join(texts.values())}')
+            self.info(f'step {iter_num} | {" | ".join(texts.values())}')
 
     def write(self, entry, is_step):
         """Add a line to log.jsonl and a point to TensorBoard, if the folder is still ours."""
         if is_step:
-            self.owner.look_now_and_then()
+            self.owner.check_occasionally()
         else:
-            self.owner.look()
+            self.owner.check()
         self.add_line(entry)
         self.plot([entry])
 
@@ -245,7 +245,7 @@ class Log:
             path = self.owner.folder / 'log.jsonl'
             raise OSError(f'{path}: cannot be written: {error.strerror}') from error
 
-    def say(self, line):
+    def info(self, line):
         if self.is_main:
             self.screen.print(line)
 

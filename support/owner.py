@@ -34,7 +34,7 @@ class Owner:
             leftovers += self.folder.glob(f'{name}.*tmp')
         self.tmp('owner.json').write_text(json.dumps(claim, indent=2), encoding='utf-8')
         self.tmp('owner.json').replace(self.folder / 'owner.json')
-        self.looked_at = time.monotonic()
+        self.checked_at = time.monotonic()
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
 
@@ -44,16 +44,16 @@ class Owner:
 
     def publish(self, name):
         """Rename tmp(name) to `name`; UserError if the folder is no longer ours."""
-        self.look()
+        self.check()
         try:
             self.tmp(name).replace(self.folder / name)
         except OSError:
-            self.look()  # whoever took over may have removed it
+            self.check()  # whoever took over may have removed it
             raise
 
-    def look(self):
+    def check(self):
         """UserError if another process has claimed the folder in the meantime."""
-        self.looked_at = time.monotonic()
+        self.checked_at = time.monotonic()
         try:
             claim = json.loads((self.folder / 'owner.json').read_text(encoding='utf-8'))
             mine = claim['token'] == self.token
@@ -64,7 +64,7 @@ class Owner:
             raise UserError(f'{self.folder} was taken over by another run ({other}): this run '
                             'no longer writes there')
 
-    def look_now_and_then(self):
-        """look(), unless the last one was within ten seconds: cheap enough for every log line."""
-        if time.monotonic() - self.looked_at >= 10:
-            self.look()
+    def check_occasionally(self):
+        """check(), unless the last one was within ten seconds: cheap enough for every log line."""
+        if time.monotonic() - self.checked_at >= 10:
+            self.check()

@@ -48,7 +48,7 @@ def write_run(out_dir, last, start=0, evaluated=False):
         if i > start:
             log.step(i, 0.1, numbers(i))
         if i % 2 == 0 and not (i == start and evaluated):
-            log.tell(i, EVALUATION)
+            log.record(i, EVALUATION)
     log.close()
 
 

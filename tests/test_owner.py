@@ -37,13 +37,13 @@ def slow(tmp_path):
 
 def test_the_last_claim_wins_and_the_previous_owner_learns_whose_it_is(tmp_path):
     first = Owner(tmp_path)
-    first.look()
+    first.check()
     second = Owner(tmp_path)
-    second.look()
+    second.check()
     claim = json.loads((tmp_path / 'owner.json').read_text())
     assert claim['pid'] == os.getpid()
     with pytest.raises(UserError, match=f'{claim["host"]}, process {claim["pid"]}, 20') as error:
-        first.look()
+        first.check()
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -53,7 +53,7 @@ def test_a_missing_or_damaged_file_is_no_claim(content, tmp_path):
     (tmp_path / 'owner.json').unlink()
     if content is not None:
         (tmp_path / 'owner.json').write_bytes(content)
-    owner.look()
+    owner.check()
 
 
 def test_a_claim_removes_the_temporary_files_of_other_runs(tmp_path):

@@ -143,9 +143,9 @@ def test_a_tokenizer_that_the_package_cannot_reproduce_is_refused_in_one_line(ch
 def test_openais_tokenizer_in_any_form_counts_as_gpt2s_and_no_other_does(tmp_path, own):
     parts = tmp_path / 'parts'
     parts.mkdir()
+    content = gpt2()
     shutil.copy(ROOT / 'data/gpt2/encoder.json', parts / 'vocab.json')
     shutil.copy(ROOT / 'data/gpt2/vocab.bpe', parts / 'merges.txt')
-    content = gpt2()
     old = copy.deepcopy(content)
     old['model']['merges'] = [' '.join(pair) for pair in old['model']['merges']]
     for place in (parts, write(tmp_path / 'new', content), write(tmp_path / 'old', old)):

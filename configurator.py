@@ -33,8 +33,8 @@ FOREIGN = {
     'always_save_checkpoint': (
         'eval_interval', 'every evaluation saves ckpt.pt, and best.pt if it is the best'),
     'wandb_log': ('log_interval', 'the curves are in out_dir: log.jsonl, and tb/ for TensorBoard'),
-    'wandb_project': ('log_interval', 'not needed: see wandb_log'),
-    'wandb_run_name': ('log_interval', 'not needed: see wandb_log'),
+    'wandb_project': ('log_interval', 'not needed without wandb'),
+    'wandb_run_name': ('log_interval', 'not needed without wandb'),
     'backend': ('dist_timeout', 'the device determines it: NCCL for CUDA, else gloo'),
     'local_rank': ('dist_timeout', 'torch.distributed.launch adds it: start with torchrun instead'),
 }

@@ -810,7 +810,7 @@ def check_mistake(folder, said, *options, script='train.py', env=None):
         if path.suffix == '.pt':
             assert after[path] == before[path], path
     assert after[Path('log.jsonl')].startswith(before[Path('log.jsonl')])
-    assert not list(folder.glob('out/*.tmp'))
+    assert not list(folder.glob('out/*.pt.*.tmp'))
     assert not list(folder.glob('new/*'))
 
 

@@ -169,14 +169,10 @@ def interpreter():
     return str(path)
 
 
-def command(**changed):
-    """The command that runs this script again with these options changed; under torchrun with as
-    many processes, on one node."""
-    words = [interpreter()]
-    local_world_size = os.environ.get('LOCAL_WORLD_SIZE')
-    if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['WORLD_SIZE'] == local_world_size:
-        words += ['-m', 'torch.distributed.run', '--standalone',
-                  f'--nproc_per_node={local_world_size}']
+def command(*launcher, **changed):
+    """The command that runs this script again with these options changed. launcher: words for
+    Python before the script."""
+    words = [interpreter(), *launcher]
     for arg in sys.argv:
         key = arg[2:].partition('=')[0]
         if key not in changed:

@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face folder: for transformers, vLLM, llama.cpp and train.py.
+"""Export a checkpoint as a Hugging Face folder: for transformers, llama.cpp and train.py.
 
     python export.py --out_dir=out --hf_dir=out/hf
     python export.py --out_dir=out --hf_dir=out/hf-best --checkpoint=best.pt --dtype=bfloat16

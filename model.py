@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
             k = keys[:, :, :n + T]
             v = values[:, :, :n + T]
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, past is None or T > 1, dropout)  # T alone can be symbolic
+        y = attention(q, k, v, past is None or T > 1, dropout)  # T > 1 alone can be symbolic
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # on a CPU, the cache is float32
         return self.resid_dropout(self.c_proj(y))
 

@@ -129,7 +129,7 @@ def eval_rows(split):
 
 # ----------------------------------------------------------------------------------- model
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-resume_command = configurator.command(init_from='resume')
+resume_command = configurator.command(*distributed.launcher(), init_from='resume')
 vocab_size = tokens.padded_size(meta)
 
 
@@ -199,7 +199,7 @@ with user_errors(), distributed.lost_peers():
         checkpoint.load_optimizers(optimizers, state.pop('optimizer'))
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
-if ddp and not eval_only:
+if ddp and not eval_only:  # may run out of memory: before the claim below
     with distributed.lost_peers(), autocast:
         distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
 

@@ -125,24 +125,26 @@ def check_encoding(path):
         name = chinese_encoding(head)
     else:
         return
-    if path.suffix in PACKED:
-        raise UserError(f'{path} is not UTF-8: unpack it, then type iconv -f {name} -t UTF-8')
-    old = shlex.quote(str(path))
     hint = ''
-    if name == 'ITS-ENCODING':
+    if name is None:
+        name = 'ITS-ENCODING'
         hint = ' (ITS-ENCODING: CP1252 for Western European, GB18030 or Big5 for Chinese, ...)'
+    if path.suffix in PACKED:
+        raise UserError(f'{path} is not UTF-8: unpack it, then type iconv -f {name} -t '
+                        f'UTF-8{hint}')
+    old = shlex.quote(str(path))
     raise UserError(f'{path} is not UTF-8: convert it with iconv -f {name} -t UTF-8 {old} > '
                     f'{old}.tmp && mv {old}.tmp {old}{hint}')
 
 
 def chinese_encoding(head):
-    """iconv's name for the encoding in which the most common Chinese character is common, else a
-    word to replace."""
+    """iconv's name for the encoding in which the most common Chinese character is common, else
+    None."""
     for name in 'GB18030', 'Big5':
         text = head.decode(name, 'ignore')
         if text.count('的') > len(text) / 500:
             return name
-    return 'ITS-ENCODING'
+    return None
 
 
 def write_text(folder, meta, text, encode):

@@ -52,6 +52,15 @@ def environment():
     return rank, local_rank, world_size
 
 
+def launcher():
+    """What to type after `python` to start as many processes again; nothing, unless torchrun
+    started them on one node."""
+    local_world_size = os.environ.get('LOCAL_WORLD_SIZE')
+    if not UNDER_TORCHRUN or os.environ['WORLD_SIZE'] != local_world_size:
+        return []
+    return ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={local_world_size}']
+
+
 def environment_int(name, default):
     text = os.environ.get(name, str(default))
     if not text.isdecimal():

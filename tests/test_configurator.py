@@ -216,19 +216,8 @@ def test_a_user_error_is_one_line_with_the_rank_and_a_bug_keeps_its_traceback(mo
 def test_the_suggested_command_has_each_changed_option_once(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py', '--out_dir=a b', '--lr=1'])
     monkeypatch.setattr(configurator, 'interpreter', lambda: 'a b/python')
-    assert configurator.command(lr=3, init_from='resume') == (
-        "'a b/python' train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
-
-
-def test_the_suggested_command_starts_as_many_processes_as_torchrun_did(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py'])
-    for name, value in (('TORCHELASTIC_RUN_ID', '0'), ('LOCAL_WORLD_SIZE', '4')):
-        monkeypatch.setenv(name, value)
-    for world_size, launcher in (('4', '-m torch.distributed.run --standalone --nproc_per_node=4 '),
-                                 ('8', '')):  # of several nodes: the job's, to be created again
-        monkeypatch.setenv('WORLD_SIZE', world_size)
-        command = f'{configurator.interpreter()} {launcher}train.py config/x.py'
-        assert configurator.command() == command
+    assert configurator.command('-m', 'x', lr=3, init_from='resume') == (
+        "'a b/python' -m x train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
 
 
 def test_the_suggested_command_begins_with_this_python(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FORKS, differences, free_port
+from conftest import FORKS, ROOT, TINY, differences, free_port, patched_train, start_ranks, succeed
 
 from support import distributed, rendezvous
 from support.errors import UserError
@@ -80,6 +80,47 @@ def test_all_processes_get_rank_0s_state_and_weights_bit_for_bit(tmp_path):
     for state, weights in first, second:
         assert repr(state) == repr(STATE)  # keys, types, order, shapes and dtypes
         assert differences([state, dict(weights)], expected) == []
+
+
+def test_torchrun_on_one_node_is_suggested_again(monkeypatch):
+    assert distributed.launcher() == []
+    monkeypatch.setattr(distributed, 'UNDER_TORCHRUN', True)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    monkeypatch.setenv('WORLD_SIZE', '8')  # of two nodes: a job's, to be created again
+    assert distributed.launcher() == []
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    assert distributed.launcher() == ['-m', 'torch.distributed.run', '--standalone',
+                                      '--nproc_per_node=4']
+
+
+# What a process of a run with changed code needs.
+PATCHED = (*TINY, '--max_iters=2', '--dist_timeout=20')
+
+
+def test_an_evaluation_has_fewer_batches_than_processes_though_the_model_has_a_buffer(
+        data_set, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    script = patched_train(tmp_path, """
+        class WithBuffer(model.GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.register_buffer('angles', torch.ones(8), persistent=False)
+        model.GPT = WithBuffer""")
+    succeed(start_ranks(2, script, *PATCHED, '--eval_iters=1', f'--dataset={data_set}',
+                        f'--out_dir={tmp_path}/out'))
+
+
+def test_a_wrong_optimizer_is_refused_before_the_first_pass_which_may_have_to_compile(
+        data_set, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    script = patched_train(tmp_path, """
+        def settle(*args):
+            sys.exit('the first pass')
+        distributed.settle_order_of_sums = settle""")
+    for rank in start_ranks(2, script, *PATCHED, '--optimizer=adam', f'--dataset={data_set}',
+                            f'--out_dir={tmp_path}/out'):
+        rank.wait()
+        assert rank.code == 1 and 'expected adamw or muon' in rank.err
 
 
 def test_a_single_process_keeps_its_state():

@@ -7,7 +7,8 @@ OUT = out-shakespeare-char
 
 .PHONY: train test test-long test-environments test-cuda bench clean
 
-train: $(CHAR)/meta.json
+train: $(VENV)/run
+	$(PY) $(CHAR)/prepare.py
 	$(PY) train.py config/train_shakespeare_char.py
 	$(PY) sample.py --out_dir=$(OUT) --max_new_tokens=500
 	@echo "checkpoint: $(OUT)/ckpt.pt  curves: $(OUT)/log.jsonl, $(VENV)/bin/tensorboard --logdir=$(OUT)"
@@ -55,10 +56,6 @@ test-in-%:
 
 bench: $(VENV)/run
 	$(PY) bench.py
-
-# Your own text, saved there as input.txt, is prepared again when it is newer.
-$(CHAR)/meta.json: $(CHAR)/prepare.py $(wildcard $(CHAR)/input.txt) | $(VENV)/run
-	$(PY) $(CHAR)/prepare.py
 
 # Removing its mark recreates an environment that is broken, was moved, or is of another Python.
 $(shell sh support/venv.sh $(VENV) '$(PYTHON)' || rm -f $(VENV)/run)

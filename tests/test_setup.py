@@ -39,10 +39,10 @@ def folder(tmp_path):
     return folder
 
 
-def make(folder, *arguments, **variables):
-    """Run `make .venv/run`, which makes only the environment."""
+def make(folder, *arguments, goal='.venv/run', **variables):
+    """Run `make`, by default for the environment alone."""
     env = {'PATH': str(folder / 'bin'), 'TMPDIR': str(folder), 'LC_ALL': 'C', **variables}
-    return subprocess.run(['make', '.venv/run', *arguments], cwd=folder, env=env, timeout=60,
+    return subprocess.run(['make', goal, *arguments], cwd=folder, env=env, timeout=60,
                           capture_output=True, text=True)
 
 
@@ -55,6 +55,18 @@ def test_an_unsupported_python_is_named_with_what_to_type(version, folder):
     assert done.returncode and line in done.stderr and not (folder / '.venv').exists()
     assert make(folder, PYTHON='python3.12').returncode == 0
     assert (folder / '.venv/run').exists()
+
+
+def test_make_train_prepares_a_text_that_is_older_than_the_token_files(folder):
+    python(folder / 'bin/python3', '3.11', 'echo "run: $*"')
+    data = folder / 'data/shakespeare_char'
+    data.mkdir(parents=True)
+    (data / 'input.txt').touch()
+    os.utime(data / 'input.txt', (0, 0))
+    (data / 'meta.json').touch()
+    said = make(folder, goal='train').stdout
+    assert 'run: data/shakespeare_char/prepare.py' in said
+    assert said.index('prepare.py') < said.index('train.py')
 
 
 def test_a_missing_python_is_reported(folder):

@@ -21,7 +21,7 @@ from support.errors import UserError
 
 out_dir = 'out'  # folder of the checkpoint
 checkpoint = 'ckpt.pt'  # file in it: ckpt.pt (newest) or best.pt (lowest validation loss)
-init_from = 'resume'  # resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder
+init_from = 'resume'  # resume (out_dir's checkpoint), FILE.pt, gpt2[-medium|-large|-xl], a folder
 start = '\n'  # the text to continue, or FILE:path to take it from a file
 num_samples = 1  # number of texts, generated one after another
 stop = ''  # ends a text where it appears, and is not printed, e.g. <|endoftext|>; empty: none
@@ -67,8 +67,8 @@ def cut_at_stop(text):
 
 with configurator.user_errors():
     place, number_format = hardware.resolve(device, dtype)
-    if init_from == 'resume':
-        ckpt = load_checkpoint(Path(out_dir) / checkpoint)
+    if init_from == 'resume' or init_from.endswith('.pt'):
+        ckpt = load_checkpoint(Path(out_dir) / checkpoint if init_from == 'resume' else init_from)
         model = GPT.from_checkpoint(ckpt)
         meta = ckpt.get('meta', tokens.GPT2_META)  # nanoGPT's checkpoints have none
     else:

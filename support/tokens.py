@@ -102,9 +102,10 @@ def padded_size(meta):
 
 def missing(path):
     """What to type when the token file `path` does not exist."""
-    if (path.parent / 'prepare.py').exists():
-        return f'{path} is missing or unfinished: run python {path.parent}/prepare.py'
     names = ', '.join(sorted(p.parent.name for p in DATA.glob('*/prepare.py')))
+    if (path.parent / 'prepare.py').exists():
+        return (f'{path} is missing or unfinished: run python {path.parent}/prepare.py, or choose '
+                f'another --dataset: {names}')
     return f'{path} is missing, and its folder has no prepare.py; available data sets: {names}'
 
 

@@ -40,6 +40,7 @@ def test_greedy_text_equals_generate_for_any_seed(trained, tmp_path, monkeypatch
     expected = ''.join(CHARS[i] for i in model.generate(prompt, 50, temperature=0)[0].tolist())
     for n, more in (
             (1, ('--temperature=0', '--seed=1')), (1, ('--temperature=0', '--seed=2')),
+            (1, ('--temperature=0', '--checkpoint=ckpt.pt', '--init_from=best.pt')),
             # Two more ways to be greedy: only the likeliest token is left to draw.
             (1, ('--temperature=2', '--top_k=1')),
             (2, ('--temperature=2', '--top_p=1e-9', '--top_k=0', '--num_samples=2',

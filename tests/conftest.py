@@ -42,6 +42,9 @@ has_muon = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch < 
 TIMES = ('dt_ms', 'tok_per_sec', 'mfu', 'eval_s')  # fields of log.jsonl that differ from run to run
 started = []
 
+# A script's `make test &` ignores Ctrl-C, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Importing torch takes longer than most runs of train.py here, so these are forks of a process that
 # has already imported it. (Modules that are not installed are skipped.)
 FORKS = multiprocessing.get_context('forkserver')

@@ -30,8 +30,10 @@ from support.owner import Owner
 
 cases = 'step loader sample save'  # what to measure, one or more of these; also: prepare
 rounds = 2  # runs per side
-batch_size = 0  # sequences per step, of 1024 tokens on a GPU, 256 elsewhere; 0: 12 or 4
+batch_size = 0  # sequences per step; 0: 12 on a GPU, 4 elsewhere
+block_size = 0  # tokens per sequence; 0: 1024 on a GPU, 256 elsewhere
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, mps
+dtype = 'auto'  # of our side: auto (bfloat16 if the hardware supports it), float32, bfloat16
 compile = 'auto'  # compile our side of the step: auto (on for CUDA), True, False
 run = ''  # one measurement of the table, printed as JSON; for internal use
 CASES = ('step', 'loader', 'sample', 'save', 'prepare')
@@ -41,22 +43,24 @@ def known(words):
     return set(words.split()) <= set(CASES)
 
 
-limits = [(configurator.at_least(1), ['rounds']), (configurator.at_least(0), ['batch_size']),
+limits = [(configurator.at_least(1), ['rounds']),
+          (configurator.at_least(0), ['batch_size', 'block_size']),
+          (configurator.one_of('auto', 'float32', 'bfloat16'), ['dtype']),
           ((f'any of {", ".join(CASES)}', known), ['cases'])]
 options = configurator.options(globals())
 globals().update(configurator.override(options, sys.argv[1:], __file__, limits))
 with configurator.user_errors():
     place = resolve_device(device)
 cuda = place.startswith('cuda')
-dtype = getattr(torch, resolve_dtype('auto', place))
+number_format = getattr(torch, resolve_dtype(dtype, place))
 threads = torch.get_num_threads()
 here = Path(__file__).resolve().parent
 if cuda:
     B, T = 12, 1024
 else:
     B, T = 4, 256
-if batch_size:
-    B = batch_size
+B = batch_size or B
+T = block_size or T
 
 
 def gpt2():
@@ -84,8 +88,10 @@ def plain_step_s():
         forward = model
         optimizer = torch.optim.AdamW(model.parameters())
 
+    half = getattr(torch, resolve_dtype('auto', place))
+
     def work():
-        with torch.autocast('cuda', dtype, enabled=cuda):
+        with torch.autocast('cuda', half, enabled=cuda):
             loss = torch.nn.functional.cross_entropy(forward(x)[0].flatten(0, 1), y.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,8 +104,9 @@ def plain_step_s():
 def our_step_s(folder):
     """The step time of train.py itself, from its log."""
     sys.argv = ['train.py', f'--dataset={folder}', f'--out_dir={folder}', f'--device={device}',
-                f'--batch_size={B}', f'--block_size={T}', '--gradient_accumulation_steps=1',
-                '--max_iters=5', '--warmup_iters=0', '--eval_iters=1', f'--compile={compile}']
+                f'--dtype={dtype}', f'--compile={compile}', f'--batch_size={B}',
+                f'--block_size={T}', '--gradient_accumulation_steps=1', '--max_iters=5',
+                '--warmup_iters=0', '--eval_iters=1']
     try:
         runpy.run_path(f'{here}/train.py', run_name='__main__')
     except SystemExit as end:
@@ -143,7 +150,7 @@ def sample(plain, folder):
     rates = {}
     model = gpt2().to(place).requires_grad_(False)
     if not plain:
-        model.to(dtype)
+        model.to(number_format)
     for rows, n in ((1, 256), (1, 900), (8, 256)):
         if plain:  # one token at the mean context
             idx = torch.zeros(rows, n // 2, dtype=torch.int64, device=place)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from support.errors import UserError
 
+HAS_SDPA = hasattr(F, 'scaled_dot_product_attention')  # since 2.0, which cannot compile hasattr
 MASKS = ('.attn.bias', '.attn.masked_bias')  # buffers in old checkpoints, not weights
 
 
@@ -52,7 +53,7 @@ def attention(q, k, v, causal, dropout):
     # On a CPU in bfloat16, torch's fused attention takes three times as long, forward and backward,
     # as the plain form, which stores T x T weights and is thus used only for short sequences.
     plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 256
-    if hasattr(F, 'scaled_dot_product_attention') and not plain:  # torch < 2.0 lacks it
+    if HAS_SDPA and not plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
     att = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
     if causal:
@@ -241,10 +242,9 @@ class GPT(nn.Module):
                 raise UserError(f'{source}: {name} is missing: {expected}')
             if tensors[name].shape != p.shape:
                 raise UserError(f'{source}: {name} is {tuple(tensors[name].shape)}: {expected}')
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name not in own and not name.endswith(MASKS):
-                raise UserError(f'{source}: {name} is {tuple(tensor.shape)}: '
-                                f'expected no such tensor for {self.config}')
+                raise UserError(f'{source}: {name}: expected no such tensor for {self.config}')
         for name, p in own.items():
             p.copy_(tensors.pop(name))
 

@@ -59,11 +59,9 @@ def load(file):
 
 warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1's own use of it
 
-# ------------------------------------------------------------------------------- torch < 2.2
+# ------------------------------------------------------------------------------- torch < 2.3
 # None: a group's timeout cannot be changed once the group exists.
 set_group_timeout = getattr(dist.distributed_c10d, '_set_pg_timeout', None)
-
-# ------------------------------------------------------------------------------- torch < 2.3
 # The gradient scaler has not moved to torch.amp yet.
 GradScaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)
 

@@ -211,7 +211,7 @@ def test_seed_step_rank_and_micro_step_each_get_their_own_dropout(tmp_path):
 @pytest.mark.skipif(TORCH < (2, 0), reason='its torchrun fails on Python 3.11')
 def test_two_processes_under_torchrun_equal_one(trained, data_set, tmp_path):
     """Even if rank 0 takes longer than dist_timeout to load what it starts from."""
-    delay_s = 10 if TORCH >= (2, 2) else 0
+    delay_s = 10 if TORCH >= (2, 3) else 0
     train = patched_train(tmp_path, f"""
         import time
         if os.environ['RANK'] == '0':

@@ -7,8 +7,7 @@ OUT = out-shakespeare-char
 
 .PHONY: train test test-long test-environments test-cuda bench clean
 
-train: $(VENV)/run
-	$(PY) $(CHAR)/prepare.py
+train: $(CHAR)/meta.json
 	$(PY) train.py config/train_shakespeare_char.py
 	$(PY) sample.py --out_dir=$(OUT) --max_new_tokens=500
 	@echo "checkpoint: $(OUT)/ckpt.pt  curves: $(OUT)/log.jsonl, $(VENV)/bin/tensorboard --logdir=$(OUT)"
@@ -56,6 +55,13 @@ test-in-%:
 
 bench: $(VENV)/run
 	$(PY) bench.py
+
+# Your own text, input.txt, is prepared each time, since its date can be older than meta.json's.
+ifneq ($(wildcard $(CHAR)/input.txt),)
+.PHONY: $(CHAR)/meta.json
+endif
+$(CHAR)/meta.json: | $(VENV)/run
+	$(PY) $(CHAR)/prepare.py
 
 # Removing its mark recreates an environment that is broken, was moved, or is of another Python.
 $(shell sh support/venv.sh $(VENV) '$(PYTHON)' || rm -f $(VENV)/run)

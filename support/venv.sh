@@ -16,19 +16,22 @@ supported() {
 
 # With pyenv, python3.12 may be a shim that only reports where that version is installed.
 path_of() {
-    pyenv_python="$(pyenv prefix "${1#python}" 2> /dev/null)/bin/python"
-    if ! version_of "$1" > /dev/null && [ -x "$pyenv_python" ]; then
-        echo "$pyenv_python"
+    installed=$(pyenv prefix "${1#python}" 2> /dev/null)
+    if ! version_of "$1" > /dev/null && [ -n "$installed" ] && [ -x "$installed/bin/python" ]; then
+        echo "$installed/bin/python"
     else
         echo "$1"
     fi
 }
 
+original() {  # where the environment was created
+    (. "$folder/bin/activate" && echo "$VIRTUAL_ENV") 2> /dev/null
+}
+
 works() {
-    here=$(cd "$folder" 2> /dev/null && pwd -P) || return 1
     version=$(version_of "$folder/bin/python")
     supported "$version" || return 1
-    grep -qsF "$here/bin/" "$folder/bin/pip" || return 1  # pip names its original folder
+    [ "$(original)" -ef "$folder" ] && [ -e "$folder/bin/pip" ] || return 1
     [ -z "$python" ] || [ "$version" = "$(version_of "$(path_of "$python")")" ]
 }
 
@@ -37,17 +40,17 @@ if [ $# = 0 ]; then
     exit
 fi
 
-command=$(path_of "${python:-python3}")
-version=$(version_of "$command")
-if ! supported "$version"; then
-    for other in python3.13 python3.12 python3.11 python3.10; do
-        version_of "$(path_of $other)" > /dev/null && break  # the last one, if there is none
-    done
-    echo "make: $command is ${version:+Python }${version:-not a working Python}:" \
-        "expected 3.10 to 3.13: type PYTHON=$other make train (install it first if it is missing)" >&2
-    exit 1
-fi
 if ! works; then
+    command=$(path_of "${python:-python3}")
+    version=$(version_of "$command")
+    if ! supported "$version"; then
+        for other in python3.13 python3.12 python3.11 python3.10; do
+            version_of "$(path_of $other)" > /dev/null && break  # the last one, if there is none
+        done
+        echo "make: $command is ${version:+Python }${version:-not a working Python}: expected 3.10" \
+            "to 3.13: type PYTHON=$other make train (install it first if it is missing)" >&2
+        exit 1
+    fi
     "$command" -m venv --clear "$folder" || exit
 fi
 
@@ -56,14 +59,13 @@ if ! ls -d "$folder"/lib/python*/site-packages/torch > /dev/null 2>&1; then
 fi
 quiet=-q
 [ -t 1 ] && quiet=
-errors=$(mktemp)
-"$folder/bin/python" -m pip install $quiet --disable-pip-version-check "$@" 2> "$errors"
+exec 3>&1  # not a file: the disk may be full
+errors=$("$folder/bin/python" -m pip install $quiet --disable-pip-version-check "$@" 2>&1 >&3)
 status=$?
-cat "$errors" >&2
-if grep -q 'No space left' "$errors"; then
+[ -z "$errors" ] || echo "$errors" >&2
+case $errors in *'[Errno 28]'*)  # the words after it are in the user's language
     echo "make: a disk is full: 6 GB are needed in $folder, and 4 GB temporarily in ${TMPDIR:-/tmp}:" \
         "free some space, or type TMPDIR=/a/larger/disk make train" >&2
     df -h "$folder" "${TMPDIR:-/tmp}" >&2
-fi
-rm -f "$errors"
+esac
 exit $status

@@ -20,7 +20,7 @@ def python(path, version, rest='exit 0'):
     return executable(path, f"""case "$1 $2" in
 -c*) echo {version} ;;
 "-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
-    echo "#!$PWD/$4/bin/python" > "$4/bin/pip" ;;
+    touch "$4/bin/pip"; echo "VIRTUAL_ENV='$PWD/$4'" > "$4/bin/activate" ;;
 *) {rest} ;;
 esac""")
 
@@ -39,11 +39,11 @@ def folder(tmp_path):
     return folder
 
 
-def make(folder, *arguments, goal='.venv/run', **variables):
+def make(folder, *arguments, goal='.venv/run', stdout=subprocess.PIPE, **variables):
     """Run `make`, by default for the environment alone."""
     env = {'PATH': str(folder / 'bin'), 'TMPDIR': str(folder), 'LC_ALL': 'C', **variables}
     return subprocess.run(['make', goal, *arguments], cwd=folder, env=env, timeout=60,
-                          capture_output=True, text=True)
+                          stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize('version', ['2.7', '3.9', '3.14'])
@@ -57,16 +57,28 @@ def test_an_unsupported_python_is_named_with_what_to_type(version, folder):
     assert (folder / '.venv/run').exists()
 
 
-def test_make_train_prepares_a_text_that_is_older_than_the_token_files(folder):
+def test_pip_shows_its_progress_on_a_terminal_alone(folder):
+    python(folder / 'bin/python3', '3.11', 'echo "run: $*"')
+    assert 'run: -m pip install -q ' in make(folder).stdout
+    shutil.rmtree(folder / '.venv')
+    terminal, its_end = os.openpty()
+    make(folder, stdout=its_end)
+    said = os.read(terminal, 10_000).decode()
+    assert 'run: -m pip install --disable-pip-version-check' in said
+
+
+def test_make_train_prepares_an_own_text_of_any_date_and_leaves_other_token_files(folder):
     python(folder / 'bin/python3', '3.11', 'echo "run: $*"')
     data = folder / 'data/shakespeare_char'
     data.mkdir(parents=True)
+    (data / 'prepare.py').touch()
+    (data / 'meta.json').touch()
+    os.utime(data / 'meta.json', (1, 1))
+    assert 'prepare.py' not in make(folder, goal='train').stdout
     (data / 'input.txt').touch()
     os.utime(data / 'input.txt', (0, 0))
-    (data / 'meta.json').touch()
     said = make(folder, goal='train').stdout
-    assert 'run: data/shakespeare_char/prepare.py' in said
-    assert said.index('prepare.py') < said.index('train.py')
+    assert said.index('run: data/shakespeare_char/prepare.py') < said.index('run: train.py')
 
 
 def test_a_missing_python_is_reported(folder):
@@ -101,18 +113,25 @@ def test_a_working_environment_is_kept_and_any_other_is_recreated(folder):
     assert not is_kept()  # broken
     shutil.copytree(folder / '.venv', folder / 'old')
     shutil.rmtree(folder / '.venv')
-    text = (folder / 'old/bin/pip').read_text().replace('李 雷/.venv', '李/.venv')
-    (folder / 'old/bin/pip').write_text(text)
+    text = (folder / 'old/bin/activate').read_text().replace('李 雷/.venv', '李/.venv')
+    (folder / 'old/bin/activate').write_text(text)
     (folder / 'old').rename(folder / '.venv')
     assert not is_kept()  # moved
+    (folder.parent / 'link').symlink_to(folder)
+    text = (folder / '.venv/bin/activate').read_text().replace('李 雷/.venv', 'link/.venv')
+    (folder / '.venv/bin/activate').write_text(text)
+    assert is_kept()  # created through a symbolic link
+    python(folder / 'bin/python3', '3.9')
+    assert is_kept()  # the Python that created it need not be the first one
 
 
 def test_a_full_disk_names_the_disk_and_tmpdir(folder):
     python(folder / 'bin/python3', '3.11',
-           'echo "ERROR: [Errno 28] No space left on device" >&2; exit 1')
-    done = make(folder)
+           'echo "ERROR: [Errno 28] Brak miejsca na urządzeniu" >&2; exit 1')
+    done = make(folder, TMPDIR=f'{folder}/no-space')
     assert done.returncode and not (folder / '.venv/run').exists()
-    assert re.search(r'make: a disk is full: .* in \.venv, .* in .*李 雷.*TMPDIR=', done.stderr)
+    assert 'Brak miejsca' in done.stderr
+    assert re.search(r'make: a disk is full: .* in \.venv, .* in .*no-space.*TMPDIR=', done.stderr)
     assert 'Filesystem' in done.stderr
 
 

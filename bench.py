@@ -2,7 +2,7 @@
 
 GPT-2 124M against a plain program in nanoGPT's style: batches stacked from a memory map opened
 for each, sampling without a cache (timed at the mean context), checkpoints not synced; on CUDA
-compiled, in bfloat16, with fused AdamW, else eager in float32. `prepare`, 100 MB, runs against
+compiled, with fused AdamW and autocast, else eager in float32. `prepare`, 100 MB, runs against
 tiktoken alone, scaled perfectly to all threads. Each measurement is its own process, the two sides
 alternate, and medians are shown. Peak memory is the GPU's, else the process's beyond its imports.
 """
@@ -63,8 +63,8 @@ B = batch_size or B
 T = block_size or T
 
 
-def gpt2():
-    return GPT(GPTConfig(vocab_size=50304, bias=False))
+def gpt2(block_size=1024):
+    return GPT(GPTConfig(block_size=block_size, vocab_size=50304, bias=False))
 
 
 def median_s(work, n, warm_up=0):
@@ -79,7 +79,7 @@ def median_s(work, n, warm_up=0):
 
 
 def plain_step_s():
-    model = gpt2().to(place)
+    model = gpt2(T).to(place)
     x, y = torch.randint(50257, (2, B, T), device=place)
     if cuda:
         forward = torch.compile(model)
@@ -121,7 +121,7 @@ def step(plain, folder):
     """One training step on B x T tokens."""
     s = plain_step_s() if plain else our_step_s(folder)
     tok_per_sec = B * T / s
-    flops = gpt2().train_flops_per_token() * tok_per_sec
+    flops = gpt2(T).train_flops_per_token() * tok_per_sec
     peak = peak_flops(place)
     mfu = flops / peak if peak else 0  # 0: unknown
     return {'ms per step': 1000 * s, 'tokens/s': tok_per_sec, 'mfu': mfu}

@@ -30,17 +30,21 @@ def share(root=Path('/')):
     limits = [len(cores)]
     for line in read(root, 'proc/self/cgroup').splitlines():
         _, controllers, path = line.split(':', 2)
-        mount = root / 'sys/fs/cgroup'  # of version 2, which names no controllers
-        if 'cpu' in controllers.split(','):
-            mount = mount / 'cpu'
-        elif controllers != '':
-            continue
-        group = mount / path.strip('/')  # in a container, path may be the host's
-        for folder in [group, *group.parents]:
-            quota = read(folder, 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us').split()
-            if quota and quota[0] not in ('max', '-1'):
-                limits.append(math.ceil(int(quota[0]) / int(quota[1])))
-    return max(1, min(limits) // int(os.environ.get('LOCAL_WORLD_SIZE', '1')))
+        mounts = []
+        if controllers == '':  # version 2
+            mounts = ['sys/fs/cgroup']
+        elif 'cpu' in controllers.split(','):
+            mounts = ['sys/fs/cgroup/cpu', f'sys/fs/cgroup/{controllers}']
+        for mount in mounts:
+            group = root / mount / path.strip('/')  # in a container, path may be the host's
+            for folder in [group, *group.parents]:
+                quota = read(folder, 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us').split()
+                if quota and quota[0] not in ('max', '-1'):
+                    limits.append(math.ceil(int(quota[0]) / int(quota[1])))
+    processes = os.environ.get('LOCAL_WORLD_SIZE', '')
+    if processes.isdecimal() and int(processes) > 1:
+        return max(1, min(limits) // int(processes))
+    return min(limits)
 
 
 COUNT = share()

@@ -62,14 +62,19 @@ def bare_python(tmp_path):
     return tmp_path / 'venv/bin/python'
 
 
-def test_bench_and_gpu_tests_need_only_torch_numpy_and_pytest(bare_python, tmp_path):
+BARE = [
+    (['-c', 'import tqdm'], "No module named 'tqdm'"),  # the premise of the test
+    ([ROOT / 'bench.py', '--cases=loader', '--rounds=1', '--device=cpu'], 'us per 12 x'),
+    (['-m', 'pytest', ROOT / 'tests/test_cuda.py', '-k', 'device_once and adamw'], '1 passed')]
+WHOLE = [([ROOT / 'bench.py', '--cases=step sample save', '--rounds=1', '--device=cpu'],
+          's per 1.49 GB')]
+
+
+@pytest.mark.parametrize('commands', [BARE, pytest.param(WHOLE, marks=pytest.mark.long)])
+def test_bench_and_gpu_tests_need_only_torch_numpy_and_pytest(commands, bare_python, tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
-    for command, expected in (
-            (['-c', 'import tqdm'], "No module named 'tqdm'"),  # the premise of this test
-            ([ROOT / 'bench.py', '--cases=loader', '--rounds=1', '--device=cpu'], 'us per 12 x'),
-            (['-m', 'pytest', ROOT / 'tests/test_cuda.py', '-k', 'device_once and adamw'],
-             '1 passed')):
-        done = subprocess.run([bare_python, *command], cwd=tmp_path, env=env, timeout=240,
+    for command, expected in commands:
+        done = subprocess.run([bare_python, *command], cwd=tmp_path, env=env, timeout=900,
                               text=True, capture_output=True)
         assert expected in done.stdout + done.stderr, done
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, run, run_here, start
 
-from support import corpus, tokens
+from support import corpus, threads, tokens
 from support.errors import UserError
 
 
@@ -158,6 +158,13 @@ def test_val_is_nanogpts_and_train_the_rest_in_order(repo, tmp_path, monkeypatch
         assert re.search(rf'train +4,497 +{len(expected[0]):,} +{2 * len(expected[0]):,} +\d',
                          done.out)
         assert re.search(rf'val +3 +{len(expected[1]):,} ', done.out)
+
+
+def test_as_many_threads_prepare_as_this_process_may_use(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(threads, 'COUNT', 3)
+    source = write_parquet(tmp_path / 'a.parquet', [f'document {i}' for i in range(9)])
+    corpus.write_documents(tmp_path, corpus.local_documents(str(source)), workers=0)
+    assert 'MB/s, 3 threads)' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('n', [2, 3, 1999, 2000, 2001, 4001])

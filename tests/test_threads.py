@@ -43,6 +43,7 @@ def topology(threads_per_core):
     (V1, v1('', '-1') | v1('/pod', '600000') | v1('/pod/a', '-1') | v1('/pod/a/b', '700000'), 6),
     (V1, v1('/pod/a', '200000') | v1('/pod/c', '100000'), 2),
     (V1, v1('', '300000'), 3),  # a container that sees the host's paths, but its own mount
+    (V1, v1(',cpuacct/pod/a', '200000'), 2),  # the mount has the name of both
     (V1, v1('/pod/a/b', '-1'), 8)])
 def test_the_share_is_the_minimum_of_affinity_cores_and_quotas(
         cgroup, files, expected, tmp_path, monkeypatch):
@@ -57,7 +58,8 @@ def test_the_share_is_the_minimum_of_affinity_cores_and_quotas(
     assert threads.share(tmp_path) == expected
 
 
-@pytest.mark.parametrize(('processes', 'expected'), [('1', 8), ('3', 2), ('16', 1)])
+@pytest.mark.parametrize(('processes', 'expected'), [
+    ('1', 8), ('3', 2), ('16', 1), ('', 8), ('0', 8), ('x', 8)])
 def test_the_processes_of_a_machine_share_its_cores(processes, expected, tmp_path, monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)), raising=False)

@@ -344,10 +344,30 @@ def test_resume_is_exact_after_signals(
             assert f'--out_dir={cut}' in scripts[0].out  # the command that resumes
     succeed([*undisturbed, *begin(cut)])
     assert hits > len(signals) / 2
+    check_that_all_is_equal(cut, straight)
+
+
+def test_resume_is_exact_with_two_threads(data_set, tmp_path):
+    script = patched_train(tmp_path, 'torch.set_num_threads(2)')
+
+    def begin(name):
+        return start(script, *RESUME, '--n_embd=256', f'--dataset={data_set}',
+                     f'--out_dir={tmp_path}/{name}')
+
+    cut = begin('cut').until(lambda script: script.last_step >= 5)
+    cut.send(STOP)
+    assert cut.wait().code == 143
+    assert 'OMP_NUM_THREADS=2' in cut.out
+    succeed([begin('straight'), begin('cut')])
+    check_that_all_is_equal(tmp_path / 'cut', tmp_path / 'straight')
+
+
+def check_that_all_is_equal(cut, straight):
+    """The checkpoints of two runs, but for out_dir, and their logs, but for times."""
     for name in ('ckpt.pt', 'best.pt'):
         expected = load_checkpoint(straight / name)
         resumed = load_checkpoint(cut / name)
-        resumed['config'] = expected['config']  # all but out_dir
+        resumed['config'] = expected['config']
         assert differences(resumed, expected) == []
     assert log_without_times(cut) == log_without_times(straight)
     assert [entry['iter'] for entry in steps_of(cut)] == list(range(1, 41))

@@ -17,7 +17,7 @@ source = ''  # file or folder of .parquet, .jsonl or .txt (.gz, .zst) to read in
 text_field = 'text'  # the Parquet column or JSON field that holds the text
 tokenizer = ''  # a tokenizer.json or a model's folder, to use instead of GPT-2's tokenizer
 eot = ''  # its end-of-text token, if its folder does not name one
-workers = 0  # threads that tokenize; 0: one per core
+workers = 0  # threads that tokenize; 0: one per core it may use
 limits = [(configurator.at_least(0), ['workers'])]
 
 options = configurator.options(globals())

@@ -182,6 +182,11 @@ def command(*launcher, **changed):
     return shlex.join(words)
 
 
+def sample_command(out_dir):
+    """The command that samples from the newest checkpoint in out_dir."""
+    return shlex.join([interpreter(), 'sample.py', f'--out_dir={out_dir}'])
+
+
 class Namespace(dict):
     """The variables of a config file. assigned: the names that it assigns, whatever the values."""
 

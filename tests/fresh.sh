@@ -8,7 +8,7 @@
 set -eu
 debian=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
-debootstrap --variant=minbase --include=git,make,python3,python3-venv,ca-certificates \
+debootstrap --variant=minbase --include=git,make,python3,python3-venv \
     "${2:-bookworm}" "$debian"
 cp /etc/resolv.conf /etc/hosts "$debian/etc/"
 useradd --root "$(cd "$debian" && pwd)" --create-home student

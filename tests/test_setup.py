@@ -153,3 +153,4 @@ def test_lowest_txt_pins_the_lower_bounds_of_requirements_txt():
                     reason='needs debootstrap and root')
 def test_train_and_test_pass_in_a_minimal_debian(tmp_path):
     subprocess.run(['sh', ROOT / 'tests/fresh.sh', tmp_path / 'debian'], check=True, timeout=7200)
+    shutil.rmtree(tmp_path / 'debian')  # pytest keeps the folders of three sessions: 30 GB

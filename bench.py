@@ -181,7 +181,7 @@ def save(plain, folder):
 
 def prepare(plain, folder):
     from support import corpus  # here: the other cases need only torch and numpy
-    text, _ = corpus.one_text(here / 'data/shakespeare_char')
+    text, _ = corpus.whole_text(here / 'data/shakespeare_char')
     lines = [text[i:i + 5000].replace('\n', ' ') + '\n' for i in range(0, len(text), 5000)] * 20
     path = folder / 'text.txt'
     with open(path, 'w', encoding='utf-8') as f:

@@ -23,7 +23,7 @@ from types import ModuleType
 from support.errors import UserError
 
 # Options of other programs: (an option that the script must have, what to use instead).
-FOREIGN = {
+OTHER_PROGRAMS = {
     'lr': ('learning_rate', 'type --learning_rate'),
     'epochs': ('max_iters', 'type --max_iters, in optimizer steps'),
     'steps': ('max_iters', 'type --max_iters'),
@@ -226,7 +226,7 @@ def read_config(path, defaults, values, typed):
 def check_known(key, defaults, where, more=''):
     if key in defaults:
         return
-    needed, hint = FOREIGN.get(key.replace('-', '_'), ('', ''))
+    needed, hint = OTHER_PROGRAMS.get(key.replace('-', '_'), ('', ''))
     if needed not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'

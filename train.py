@@ -157,7 +157,7 @@ with user_errors():
         finished = state.get('iter_num', 0) >= max_iters and state.get('val_loss') is not None
         if finished and ddp and not (eval_only or distributed.UNDER_TORCHRUN):
             # This is a restarted worker whose peers have exited.
-            distributed.leave(0, f'{ckpt_path} already has all {state["iter_num"]} steps')
+            distributed.exit_now(0, f'{ckpt_path} already has all {state["iter_num"]} steps')
         raw_model = GPT(shape)
         if 'model' in state:
             raw_model.load_weights(origin, state.pop('model'))
@@ -165,7 +165,7 @@ with user_errors():
         state = copy.deepcopy(state)
         state.update(model_args=vars(shape), kept=kept)
 same_run = config | {'dtype': amp_dtype, 'data': [str(data['train']), str(data['val'])],
-                     'typed': sorted(typed & checkpoint.FOLLOWED)}
+                     'typed': sorted(typed & checkpoint.FROM_CHECKPOINT)}
 with user_errors(), distributed.lost_peers():
     rendezvous.join('nccl' if torch_device.type == 'cuda' else 'gloo', same_run, dist_timeout)
     state = distributed.share(state, torch_device)
@@ -201,7 +201,7 @@ if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
 if ddp and not eval_only:  # may run out of memory: before the claim below
     with distributed.lost_peers(), autocast:
-        distributed.settle_order_of_sums(model, micro_batch_size, block_size, torch_device)
+        distributed.warm_up_ddp(model, micro_batch_size, block_size, torch_device)
 
 
 def lr_factor(iter_num):

@@ -10,7 +10,8 @@ from support.errors import UserError
 from support.owner import Owner
 
 # Options that a run takes from the checkpoint that it starts from, unless they were typed.
-FOLLOWED = {'optimizer', *GPTConfig.__dataclass_fields__} - {'block_size', 'vocab_size', 'dropout'}
+FROM_CHECKPOINT = ({'optimizer', *GPTConfig.__dataclass_fields__}
+                   - {'block_size', 'vocab_size', 'dropout'})
 
 
 def exists(path):
@@ -38,8 +39,8 @@ def claim(folder, iter_num):
         except UserError:  # damaged since: nothing newer than what was read
             newest = iter_num
     if newest != iter_num:
-        distributed.leave(distributed.PEER_LOST, f'{path} has since been saved by another run, at '
-                          f'step {newest}: start this run again')
+        distributed.exit_now(distributed.PEER_LOST, f'{path} has since been saved by another run, '
+                             f'at step {newest}: start this run again')
     return Owner(folder)
 
 
@@ -146,7 +147,7 @@ def reconcile(ckpt, config, typed, meta):
         value = wanted.get(name, 'unknown')
         if value == old or name in ('dropout', 'vocab_size'):
             continue
-        if name in FOLLOWED - typed:
+        if name in FROM_CHECKPOINT - typed:
             kept[name] = old
             continue
         fix = f'type --{name}={old}'

@@ -93,7 +93,7 @@ def report(folder, documents, seconds):
 
 # ---------------------------------------------------------------------------- one text
 
-def one_text(folder):
+def whole_text(folder):
     """The text of `folder`/input.txt if it exists, else Shakespeare's works; and its source."""
     path = Path(folder, 'input.txt')
     if not path.exists():
@@ -172,7 +172,7 @@ ARROW_ERRORS = OSError, ValueError, KeyError, NotImplementedError  # pyarrow's, 
 
 
 @contextlib.contextmanager
-def naming(path, kinds):
+def name_in_errors(path, kinds):
     """Add the file's name to errors of these kinds: pyarrow and the system leave it out."""
     try:
         yield
@@ -204,7 +204,7 @@ def hub_documents(files, field='text'):
     check_column(files, dataset.features.arrow_schema, field)
 
     def batches():
-        with naming(files, ARROW_ERRORS):
+        with name_in_errors(files, ARROW_ERRORS):
             for batch in dataset.with_format('arrow').iter(BATCH):
                 yield batch[field].cast('binary').to_pylist()
 
@@ -262,7 +262,7 @@ def check_column(where, schema, field):
 
 
 def count_rows(path, field):
-    with naming(path, ARROW_ERRORS), open_parquet(path) as f:
+    with name_in_errors(path, ARROW_ERRORS), open_parquet(path) as f:
         schema = f.schema_arrow
         n = f.metadata.num_rows
     check_column(path, schema, field)
@@ -270,7 +270,7 @@ def count_rows(path, field):
 
 
 def row_batches(path, field):
-    with naming(path, ARROW_ERRORS), open_parquet(path) as f:
+    with name_in_errors(path, ARROW_ERRORS), open_parquet(path) as f:
         for batch in f.iter_batches(BATCH, columns=[field], use_threads=False):
             yield batch[field].cast('binary').to_pylist()
 
@@ -285,7 +285,7 @@ def count_lines(path, field):
 
 
 def line_batches(path, field=None):
-    with naming(path, ARROW_ERRORS), open_lines(path) as f:
+    with name_in_errors(path, ARROW_ERRORS), open_lines(path) as f:
         lines = f.readlines(2 ** 19)  # of about this many bytes in all
         while lines:
             yield [line.rstrip(b'\r\n') for line in lines if line.strip()]

@@ -84,7 +84,7 @@ def split(sequences, batch_size):
 
 # ------------------------------------------------------------------------------------ stopping
 
-def leave(code, message=None):
+def exit_now(code, message=None):
     """Exit at once, without the usual clean-up, which can wait for a lost process or abort."""
     with suppress(RuntimeError, OSError):  # a signal can interrupt print(); a pipe can be closed
         if message:
@@ -95,9 +95,9 @@ def leave(code, message=None):
     os._exit(code)
 
 
-def leave_in(seconds, code, message=None):
+def exit_after(seconds, code, message=None):
     """A timer that ends the process, even if it is stuck in a call, unless cancelled in time."""
-    timer = threading.Timer(seconds, leave, [code, message])
+    timer = threading.Timer(seconds, exit_now, [code, message])
     timer.daemon = True
     timer.start()
     return timer
@@ -119,11 +119,11 @@ def lost_peers(stop=None, rescue=None):
         if stop is not None and stop.exit_code:
             code = stop.exit_code
         reason = str(error).splitlines()[0]
-        leave(code, f'{configurator.this_script()}: another process was lost: {reason}')
+        exit_now(code, f'{configurator.this_script()}: another process was lost: {reason}')
     except (UserError, OSError) as error:
         if not dist.is_initialized():
             raise
-        leave(1, f'{configurator.this_script()}: {error}')  # a process group's threads can abort
+        exit_now(1, f'{configurator.this_script()}: {error}')  # a process group's threads can abort
 
 
 class StopRequest:
@@ -148,7 +148,7 @@ class StopRequest:
         while True:
             [signum] = self.pipe.recv(1)
             if not self.armed and 128 + signum in STOPPED:
-                leave(128 + signum)
+                exit_now(128 + signum)
 
     def note(self, signum, frame):
         code = 128 + signum
@@ -156,7 +156,7 @@ class StopRequest:
         # torchrun forwards a terminal's Ctrl-C: one within a second counts as the first.
         second_ctrl_c = self.exit_code and signum == signal.SIGINT and now - self.noted_at > 1
         if not self.armed or second_ctrl_c:
-            leave(code)
+            exit_now(code)
         if not self.exit_code or STOPPED.index(code) < STOPPED.index(self.exit_code):
             self.exit_code = code
             self.noted_at = now
@@ -168,10 +168,10 @@ def finish(code, stop):
         sys.exit(code)
     with lost_peers(stop):
         dist.barrier()
-    leave_in(10, code)  # destroying can hang if a process has died
+    exit_after(10, code)  # destroying can hang if a process has died
     with suppress(RuntimeError):
         dist.destroy_process_group()  # else other ranks' NCCL threads can miss it and abort
-    leave(code)
+    exit_now(code)
 
 
 # ------------------------------------------------------------------------------------ agreeing
@@ -275,7 +275,7 @@ def compress_hook(state, bucket):
     return bf16_compress_hook(state, bucket)
 
 
-def settle_order_of_sums(model, batch_size, block_size, device):
+def warm_up_ddp(model, batch_size, block_size, device):
     """Run a forward and backward pass, so that DDP chooses the order of its gradient sums now.
 
     DDP does so in its first backward pass. Since every start begins with this pass, a resumed run

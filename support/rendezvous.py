@@ -59,7 +59,7 @@ def join(backend, same_run, timeout_s, arrival_timeout_s=1800):
     if world_size == 1:
         return
     place = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
-    limit = distributed.leave_in(
+    limit = distributed.exit_after(
         arrival_timeout_s, distributed.PEER_LOST, f'rank {rank}: the {world_size} processes did '
         f'not meet at {place} within {arrival_timeout_s} s')
     if distributed.UNDER_TORCHRUN:
@@ -207,8 +207,9 @@ def call_the_roll(store, world_size, report):
 def store_limit(more_s=0):
     """End this process if the block takes longer than the limit."""
     seconds = STORE_LIMIT_S + more_s
-    timer = distributed.leave_in(seconds, distributed.PEER_LOST, f'{configurator.this_script()}: '
-                                 f'another process was lost: no answer for {seconds} s')
+    timer = distributed.exit_after(
+        seconds, distributed.PEER_LOST,
+        f'{configurator.this_script()}: another process was lost: no answer for {seconds} s')
     try:
         yield
     finally:

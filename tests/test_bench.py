@@ -91,10 +91,10 @@ def test_a_user_error_is_one_line(option, says):
 def test_a_user_error_while_measuring_is_one_line_and_a_bug_keeps_its_traceback(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpus, 'one_text', Mock(side_effect=UserError('cannot download')))
+    monkeypatch.setattr(corpus, 'whole_text', Mock(side_effect=UserError('cannot download')))
     done = run_here('bench.py', '--run=prepare plain')
     assert (done.code, done.out, done.err) == (1, '', 'bench.py: cannot download\n')
-    monkeypatch.setattr(corpus, 'one_text', Mock(side_effect=ValueError('planted')))
+    monkeypatch.setattr(corpus, 'whole_text', Mock(side_effect=ValueError('planted')))
     with pytest.raises(ValueError, match='planted') as caught:
         run_here('bench.py', '--run=prepare plain')
     assert caught.type is ValueError

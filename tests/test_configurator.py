@@ -109,9 +109,9 @@ def test_an_argument_that_the_locale_cannot_decode_is_refused_with_the_fix():
                           f'{sys.getfilesystemencoding()}: set PYTHONUTF8=1'
 
 
-@pytest.mark.parametrize('name', configurator.FOREIGN)
+@pytest.mark.parametrize('name', configurator.OTHER_PROGRAMS)
 def test_an_option_of_other_projects_is_refused_with_its_equivalent_here(name):
-    needed, advice = configurator.FOREIGN[name]
+    needed, advice = configurator.OTHER_PROGRAMS[name]
     script = 'sample.py' if needed in ('start', 'max_new_tokens') else 'train.py'
     line = f'--{name}=1: unknown option {name}; {advice}'
     assert run_here(script, f'--{name}=1').err == f'{script}: {line}\n'
@@ -122,7 +122,7 @@ def test_an_option_of_other_projects_is_refused_with_its_equivalent_here(name):
 @pytest.mark.parametrize('script', ['sample.py', 'plot.py', 'data/openwebtext/prepare.py'])
 def test_no_script_suggests_an_option_that_it_lacks(script):
     options = options_shown(run_here(script, '--help').out)
-    for name, (_, advice) in configurator.FOREIGN.items():
+    for name, (_, advice) in configurator.OTHER_PROGRAMS.items():
         line = run_here(script, f'--{name}=1').err
         assert f'unknown option {name}; ' in line
         assert advice not in line or set(re.findall(r'\w+_\w+', advice)) <= options.keys()
@@ -179,7 +179,7 @@ def test_the_home_folder_is_expanded_in_path_options(config, monkeypatch):
 
 
 def test_torch_distributed_launch_is_refused_in_favor_of_torchrun():
-    """torch 2's spelling; torch 1's is in FOREIGN."""
+    """torch 2's spelling; torch 1's is in OTHER_PROGRAMS."""
     assert run_here('train.py', '--local-rank=1').err == (
         'train.py: --local-rank=1: unknown option local-rank; torch.distributed.launch adds it: '
         'start with torchrun instead\n')

@@ -116,7 +116,7 @@ def test_a_wrong_optimizer_is_refused_before_the_first_pass_which_may_have_to_co
     script = patched_train(tmp_path, """
         def settle(*args):
             sys.exit('the first pass')
-        distributed.settle_order_of_sums = settle""")
+        distributed.warm_up_ddp = settle""")
     for rank in start_ranks(2, script, *PATCHED, '--optimizer=adam', f'--dataset={data_set}',
                             f'--out_dir={tmp_path}/out'):
         rank.wait()
@@ -144,7 +144,7 @@ def test_a_single_process_keeps_its_state():
 ])
 def test_only_communication_errors_count_as_a_lost_process(text, lost, environ, monkeypatch):
     ends = Mock(side_effect=SystemExit)
-    monkeypatch.setattr(distributed, 'leave', ends)
+    monkeypatch.setattr(distributed, 'exit_now', ends)
     environ(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
     for error, expected in (RuntimeError(text), lost), (ValueError(text), False):
         with pytest.raises(SystemExit if expected else type(error)), distributed.lost_peers():
@@ -160,7 +160,7 @@ def signals(monkeypatch):
     function that sends a signal at a given time in seconds."""
     handlers, ends = {}, []
     monkeypatch.setattr(signal, 'signal', handlers.__setitem__)
-    monkeypatch.setattr(distributed, 'leave', ends.append)
+    monkeypatch.setattr(distributed, 'exit_now', ends.append)
     stop = distributed.StopRequest()
 
     def send(number, at_s=0):

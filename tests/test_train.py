@@ -489,7 +489,7 @@ def test_a_resumed_process_holds_its_state_once(world_size, n_layer, n_embd, gpt
                 return 1024 * int(re.search(r'RssAnon:\\s*(\\d+)', status.read())[1])
 
         def report(*args):
-            distributed.leave(0, f'holds {own_bytes() - imported}')
+            distributed.exit_now(0, f'holds {own_bytes() - imported}')
 
         DistributedDataParallel.__new__ = lambda cls, model, **options: model
         model.GPT.forward = report

@@ -17,6 +17,6 @@ eot = ''  # its end-of-text token, if its folder does not name one
 
 globals().update(configurator.override(configurator.options(globals()), sys.argv[1:], __file__))
 with configurator.user_errors():
-    text, source = corpus.one_text(HERE)
+    text, source = corpus.whole_text(HERE)
     meta = tokens.chosen_tokenizer(tokenizer, eot) | {'source': source}
     corpus.write_text(HERE, meta, text, tokens.encoding(meta).encode)

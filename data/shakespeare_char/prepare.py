@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 configurator.override({}, sys.argv[1:], __file__)  # no options but --help
 with configurator.user_errors():
-    text, source = corpus.one_text(HERE)
+    text, source = corpus.whole_text(HERE)
     chars = ''.join(sorted(set(text)))
     meta = {'tokenizer': 'char', 'chars': chars, 'vocab_size': len(chars), 'source': source}
     corpus.write_text(HERE, meta, text, tokens.Characters(chars).encode)

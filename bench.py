@@ -30,10 +30,10 @@ from support.owner import Owner
 
 cases = 'step loader sample save'  # what to measure, one or more of these; also: prepare
 rounds = 2  # runs per side
-batch_size = 0  # sequences per step; 0: 12 on a GPU, 4 elsewhere
-block_size = 0  # tokens per sequence; 0: 1024 on a GPU, 256 elsewhere
+batch_size = 0  # sequences of a step; 0: 12 on a GPU, 4 elsewhere
+block_size = 0  # tokens per sequence of a step; 0: 1024 on a GPU, 256 elsewhere
 device = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, mps
-dtype = 'auto'  # of our side: auto (bfloat16 if the hardware supports it), float32, bfloat16
+dtype = 'auto'  # our side's of step and sample: auto (bfloat16 if fast), float32, bfloat16
 compile = 'auto'  # compile our side of the step: auto (on for CUDA), True, False
 run = ''  # one measurement of the table, printed as JSON; for internal use
 CASES = ('step', 'loader', 'sample', 'save', 'prepare')
@@ -88,10 +88,10 @@ def plain_step_s():
         forward = model
         optimizer = torch.optim.AdamW(model.parameters())
 
-    half = getattr(torch, resolve_dtype('auto', place))
+    autocast_dtype = getattr(torch, resolve_dtype('auto', place))
 
     def work():
-        with torch.autocast('cuda', half, enabled=cuda):
+        with torch.autocast('cuda', autocast_dtype, enabled=cuda):
             loss = torch.nn.functional.cross_entropy(forward(x)[0].flatten(0, 1), y.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

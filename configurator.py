@@ -182,9 +182,9 @@ def command(*launcher, **changed):
     return shlex.join(words)
 
 
-def sample_command(out_dir):
-    """The command that samples from the newest checkpoint in out_dir."""
-    return shlex.join([interpreter(), 'sample.py', f'--out_dir={out_dir}'])
+def command_line(script, **options):
+    """The command that runs another script with these options."""
+    return shlex.join([interpreter(), script, *(f'--{k}={v}' for k, v in options.items())])
 
 
 class Namespace(dict):

@@ -356,5 +356,5 @@ if exit_code:
              f'resume with "{resume_command}"')
 else:
     log.info(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
-             f'sample with "{configurator.sample_command(out_dir)}"')
+             f'sample with "{configurator.command_line("sample.py", out_dir=out_dir)}"')
 distributed.finish(exit_code, stop)

@@ -100,8 +100,8 @@ def link_or_copy(path, new_path):
 def load_checkpoint(path):
     """The dict that train.py or nanoGPT saved at path, on the CPU; code in it is never run."""
     if not exists(path):
-        raise UserError(f'{path} does not exist: expected a checkpoint of train.py: choose another '
-                        '--out_dir, or train one with --init_from=auto')
+        raise UserError(f'{path} does not exist: expected a checkpoint of train.py: check '
+                        '--out_dir and --init_from (--init_from=auto begins a new run)')
     try:
         ckpt = compat.load(str(path))
     except OSError as error:  # from the disk: no permission, no response, a stale handle

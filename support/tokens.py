@@ -102,7 +102,8 @@ def padded_size(meta):
 
 def missing(path):
     """What to type when the token file `path` does not exist."""
-    names = ', '.join(sorted(p.parent.name for p in DATA.glob('*/prepare.py')))
+    others = {p.parent.name for p in DATA.glob('*/prepare.py')} - {path.parent.name}
+    names = ', '.join(sorted(others))
     if (path.parent / 'prepare.py').exists():
         return (f'{path} is missing or unfinished: run python {path.parent}/prepare.py, or choose '
                 f'another --dataset: {names}')

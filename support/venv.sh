@@ -24,14 +24,17 @@ path_of() {
     fi
 }
 
-original() {  # where the environment was created
-    (. "$folder/bin/activate" && echo "$VIRTUAL_ENV") 2> /dev/null
+# Its scripts name the folder where it was created.
+in_place() {
+    here=$(cd "$folder" && pwd -P)
+    created=$(. "$folder/bin/activate" > /dev/null 2>&1 && printf '%s' "$VIRTUAL_ENV")
+    grep -qsF "$here/bin/" "$folder/bin/pip" || [ "$created" -ef "$folder" ]
 }
 
 works() {
     version=$(version_of "$folder/bin/python")
     supported "$version" || return 1
-    [ "$(original)" -ef "$folder" ] && [ -e "$folder/bin/pip" ] || return 1
+    [ -e "$folder/bin/pip" ] && in_place || return 1
     [ -z "$python" ] || [ "$version" = "$(version_of "$(path_of "$python")")" ]
 }
 
@@ -51,6 +54,10 @@ if ! works; then
             "to 3.13: type PYTHON=$other make train (install it first if it is missing)" >&2
         exit 1
     fi
+    if [ -n "$(ls -A "$folder" 2> /dev/null)" ] && [ ! -e "$folder/pyvenv.cfg" ]; then
+        echo "make: $folder was not made by venv: remove it, or type VENV=another-folder make train" >&2
+        exit 1
+    fi
     "$command" -m venv --clear "$folder" || exit
 fi
 
@@ -62,8 +69,8 @@ quiet=-q
 exec 3>&1  # not a file: the disk may be full
 errors=$("$folder/bin/python" -m pip install $quiet --disable-pip-version-check "$@" 2>&1 >&3)
 status=$?
-[ -z "$errors" ] || echo "$errors" >&2
-case $errors in *'[Errno 28]'*)  # the words after it are in the user's language
+[ -z "$errors" ] || printf '%s\n' "$errors" >&2
+case $errors in *'[Errno 28]'* | *'No usable temporary'*)  # the words after it: any language
     echo "make: a disk is full: 6 GB are needed in $folder, and 4 GB temporarily in ${TMPDIR:-/tmp}:" \
         "free some space, or type TMPDIR=/a/larger/disk make train" >&2
     df -h "$folder" "${TMPDIR:-/tmp}" >&2

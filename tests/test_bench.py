@@ -30,8 +30,8 @@ def test_a_table_has_both_sides_and_their_ratio(tmp_path, monkeypatch):
     ('step', ['ms per step', 'tokens/s', 'peak MiB']), ('save', ['s per 1.49 GB', 'peak MiB']),
     ('sample', ['tokens/s, 1 x 256', 'tokens/s, 1 x 900', 'tokens/s, 8 x 256', 'peak MiB'])])
 def test_every_case_measures_gpt2(case, rows, tmp_path):
-    done = run('bench.py', f'--cases={case}', '--rounds=1', '--device=cpu', limit_s=600,
-               cwd=tmp_path)
+    done = run('bench.py', f'--cases={case}', '--rounds=1', '--device=cpu', '--batch_size=1',
+               '--block_size=1040', '--dtype=float32', limit_s=600, cwd=tmp_path)
     assert done.code == 0, done.err
     found = re.findall(rf'^{case} +(.+?)  +([\d.,e+]+ *)+$', done.out, re.MULTILINE)
     assert [name for name, _ in found] == rows

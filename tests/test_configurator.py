@@ -1,5 +1,6 @@
 """configurator.py: options from config files and --key=value, in order; mistakes in one line."""
 import re
+import shlex
 import sys
 
 import pytest
@@ -234,7 +235,8 @@ def test_the_suggested_command_begins_with_this_python(tmp_path, monkeypatch):
     monkeypatch.chdir('elsewhere')
     monkeypatch.setenv('PATH', '')
     assert configurator.interpreter() == f'{ours}3'
-    assert configurator.sample_command('my run') == f"{ours}3 sample.py '--out_dir=my run'"
+    command = configurator.command_line('sample.py', out_dir='my run')
+    assert command == f"{shlex.quote(f'{ours}3')} sample.py '--out_dir=my run'"
 
 
 def test_a_small_script_gets_options_errors_and_help(tmp_path, config):

@@ -60,8 +60,8 @@ def test_missing_files_name_the_prepare_script(folder):
     (folder / 'prepare.py').touch()
     for name in 'val', 'train':
         (folder / f'{name}.bin').unlink()
-        refused(f'{name}.bin is missing .* run python {folder}/prepare.py', tokens.Tokens, folder,
-                name)
+        refused(f'{name}.bin is missing .* run python {folder}/prepare.py, or choose another '
+                '--dataset: openwebtext, ', tokens.Tokens, folder, name)
     refused('available data sets: .*shakespeare_char', tokens.load_meta, folder / 'elsewhere')
 
 

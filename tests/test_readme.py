@@ -290,7 +290,8 @@ def test_the_quick_start_and_a_job_print_what_the_page_shows(quick_start):
     _, said = quick_start
     recipes = (ROOT / 'Makefile').read_text(encoding='utf-8')
     recipes = recipes.replace('$(PY)', '.venv/bin/python').replace('$(OUT)', 'out-shakespeare-char')
-    said = said.replace(sys.executable, '.venv/bin/python')
+    for path in shlex.quote(sys.executable), sys.executable:  # quoted in a folder with a space
+        said = said.replace(path, '.venv/bin/python')
     known = forms(said) | forms(recipes) | {'...', ''}
     quick, *_ = blocks(README, 'text')
     [job] = [block for block in blocks(README, 'text') if '| mfu' in block]

@@ -169,22 +169,17 @@ def interpreter():
     return str(path)
 
 
-def command(*launcher, **changed):
+def command(*words, **options):
+    """The command that runs Python with these words and options."""
+    options = [f'--{name}={value}' for name, value in options.items()]
+    return shlex.join([interpreter(), *words, *options])
+
+
+def this_command(*launcher, **changed):
     """The command that runs this script again with these options changed. launcher: words for
     Python before the script."""
-    words = [interpreter(), *launcher]
-    for arg in sys.argv:
-        key = arg[2:].partition('=')[0]
-        if key not in changed:
-            words.append(arg)
-    for key, value in changed.items():
-        words.append(f'--{key}={value}')
-    return shlex.join(words)
-
-
-def command_line(script, **options):
-    """The command that runs another script with these options."""
-    return shlex.join([interpreter(), script, *(f'--{k}={v}' for k, v in options.items())])
+    kept = [arg for arg in sys.argv if arg[2:].partition('=')[0] not in changed]
+    return command(*launcher, *kept, **changed)
 
 
 class Namespace(dict):

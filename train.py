@@ -129,7 +129,7 @@ def eval_rows(split):
 
 # ----------------------------------------------------------------------------------- model
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-resume_command = configurator.command(*distributed.launcher(), init_from='resume')
+resume_command = configurator.this_command(*distributed.launcher(), init_from='resume')
 vocab_size = tokens.padded_size(meta)
 
 
@@ -356,5 +356,5 @@ if exit_code:
              f'resume with "{resume_command}"')
 else:
     log.info(f'done: {iter_num} steps, val loss {val_loss:.4f}, best {best_val_loss:.4f}; '
-             f'sample with "{configurator.command_line("sample.py", out_dir=out_dir)}"')
+             f'sample with "{configurator.command("sample.py", out_dir=out_dir)}"')
 distributed.finish(exit_code, stop)

@@ -217,7 +217,7 @@ def test_a_user_error_is_one_line_with_the_rank_and_a_bug_keeps_its_traceback(mo
 def test_the_suggested_command_has_each_changed_option_once(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py', '--out_dir=a b', '--lr=1'])
     monkeypatch.setattr(configurator, 'interpreter', lambda: 'a b/python')
-    assert configurator.command('-m', 'x', lr=3, init_from='resume') == (
+    assert configurator.this_command('-m', 'x', lr=3, init_from='resume') == (
         "'a b/python' -m x train.py config/x.py '--out_dir=a b' --lr=3 --init_from=resume")
 
 
@@ -235,7 +235,7 @@ def test_the_suggested_command_begins_with_this_python(tmp_path, monkeypatch):
     monkeypatch.chdir('elsewhere')
     monkeypatch.setenv('PATH', '')
     assert configurator.interpreter() == f'{ours}3'
-    command = configurator.command_line('sample.py', out_dir='my run')
+    command = configurator.command('sample.py', out_dir='my run')
     assert command == f"{shlex.quote(f'{ours}3')} sample.py '--out_dir=my run'"
 
 

@@ -8,6 +8,7 @@ Run `make train` in NEW_REPO before: both need its data. `loss` trains the recip
 a plain program and the quick start with a checkpoint every 25 steps; a checkpoint counts as soon as
 its loss on the first 131,072 tokens of val.bin is the recipe's. All else is included in its time.
 """
+import atexit
 import json
 import math
 import os
@@ -85,13 +86,15 @@ class Turns:
     """A program that runs only in its turns, with the options of train.py or none."""
 
     def __init__(self, repo, *words):
-        self.folder = Path(tempfile.mkdtemp(prefix='turns.'))
+        self.temporary = tempfile.TemporaryDirectory(prefix='turns.')
+        self.folder = Path(self.temporary.name)
         self.spent = 0.0  # seconds of its own turns
         self.checkpoints = []  # (its seconds, a hard link to the checkpoint)
         self.newest = None
         out = open(self.folder / 'out', 'w')
         words = [word.replace('FOLDER', str(self.folder)) for word in words]
         self.process = subprocess.Popen([sys.executable, *words], cwd=repo, stdout=out, stderr=out)
+        atexit.register(self.process.kill)  # a stopped one would stay forever
         self.process.send_signal(signal.SIGSTOP)
 
     def turn(self, seconds):
@@ -136,8 +139,6 @@ def compare_steps(old_repo, new_repo):
             run.turn(4)
             of_turn = run.step_ms()[before + 1:]  # the first spans the pause
             medians.setdefault(run, []).append(statistics.median(of_turn))
-    for run in runs:
-        run.process.kill()
     old, new = (statistics.median(medians[run]) for run in runs)
     print(f'{old:.1f} ms, {new:.1f} ms: {new / old:.3f}')
 
@@ -148,7 +149,6 @@ def compare_loss(repo):
     while plain.turn(6):
         ours.turn(2.7)
     assert plain.process.returncode == 0, (plain.folder / 'out').read_text()
-    ours.process.kill()
     goal = loss_of(plain.folder / 'ckpt.pt')
     print(f'plain: {goal:.4f} after {plain.spent:.1f} s')
     for seconds, path in ours.checkpoints[8:]:

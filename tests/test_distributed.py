@@ -114,9 +114,7 @@ def test_a_wrong_optimizer_is_refused_before_the_first_pass_which_may_have_to_co
         data_set, tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     script = patched_train(tmp_path, """
-        def settle(*args):
-            sys.exit('the first pass')
-        distributed.warm_up_ddp = settle""")
+        distributed.warm_up_ddp = lambda *args: sys.exit('the first pass')""")
     for rank in start_ranks(2, script, *PATCHED, '--optimizer=adam', f'--dataset={data_set}',
                             f'--out_dir={tmp_path}/out'):
         rank.wait()
